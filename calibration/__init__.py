@@ -1,0 +1,1 @@
+"""What each tensor's range is and where QuantizeLinear/DequantizeLinear stand."""
