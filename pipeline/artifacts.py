@@ -191,6 +191,9 @@ class EngineOptions:
 
     mode: Literal["latency", "throughput"] = "latency"
     threads: int | None = None
+    batch: int | None = None
+    """Batch size to compile for; ``None`` keeps the model's own (possibly free) batch dimension.
+    A fixed one is faster."""
     cache_dir: Path | None = None
     """Where compiled blobs may be kept; ``None``: no cache on disk."""
 
