@@ -1,0 +1,175 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.statistics import (
+    Interval,
+    images_for_half_width,
+    mcnemar_exact_p,
+    paired_drop_interval,
+    wilson_interval,
+)
+
+Z = 1.959963984540054
+counts = st.tuples(st.integers(0, 60), st.integers(0, 60), st.integers(1, 3000)).map(
+    lambda t: (t[0], t[1], t[0] + t[1] + t[2])
+)
+
+
+def constrained_score(b, c, n, drop):
+    """Tango's Z with the likelihood maximized by search: independent of the closed form."""
+    low, high = max(0.0, -drop), (1 - drop) / 2
+
+    def log_likelihood(q):
+        cells = [(b, q + drop), (c, q), (n - b - c, 1 - 2 * q - drop)]
+        return sum(k * math.log(max(p, 1e-300)) for k, p in cells if k)
+
+    golden = (math.sqrt(5) - 1) / 2
+    for _ in range(100):  # concave in q
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if log_likelihood(left) < log_likelihood(right):
+            low = left
+        else:
+            high = right
+    q = (low + high) / 2
+    return (b - c - n * drop) / math.sqrt(n * (2 * q + drop - drop**2))
+
+
+def test_published_examples():
+    # Airway hyper-responsiveness, Fagerland et al. 2014: table (1, 1, 7, 12).
+    interval = paired_drop_interval(1, 7, 21)
+    assert (round(interval.low, 3), round(interval.high, 3)) == (-0.517, -0.026)
+    assert mcnemar_exact_p(1, 7) == pytest.approx(0.0703, abs=5e-5)
+    # 0 of 10: the upper Wilson limit is z^2 / (n + z^2).
+    assert wilson_interval(0, 10) == Interval(0.0, pytest.approx(Z * Z / (10 + Z * Z)))
+
+
+@settings(max_examples=40)
+@given(counts)
+def test_the_limits_are_where_the_score_test_rejects(bcn):
+    b, c, n = bcn
+    interval = paired_drop_interval(b, c, n)
+    for limit, sign in ((interval.low, 1), (interval.high, -1)):
+        assert constrained_score(b, c, n, limit) == pytest.approx(sign * Z, rel=1e-4)
+
+
+@given(counts)
+def test_the_interval_holds_the_estimate_and_mirrors(bcn):
+    b, c, n = bcn
+    interval = paired_drop_interval(b, c, n)
+    assert -1 <= interval.low < (b - c) / n < interval.high <= 1
+    mirrored = paired_drop_interval(c, b, n)
+    assert (mirrored.low, mirrored.high) == (
+        pytest.approx(-interval.high, abs=1e-9),
+        pytest.approx(-interval.low, abs=1e-9),
+    )
+
+
+@given(counts, st.floats(0.5, 0.98))
+def test_more_confidence_is_wider_and_more_images_narrower(bcn, confidence):
+    b, c, n = bcn
+    interval = paired_drop_interval(b, c, n, confidence)
+    assert paired_drop_interval(b, c, n, confidence + 0.01).half_width > interval.half_width
+    assert paired_drop_interval(4 * b, 4 * c, 4 * n, confidence).half_width < interval.half_width
+
+
+def test_no_discordant_image_still_has_a_width():
+    interval = paired_drop_interval(0, 0, 2000)
+    assert interval.high == pytest.approx(Z * Z / (2000 + Z * Z))
+    assert interval.low == -interval.high
+
+
+def test_everything_lost():
+    interval = paired_drop_interval(5, 0, 5)
+    assert interval.high == 1.0
+    assert interval.low > 0
+
+
+def coverage(method, n, q_lost, q_gained, rounds=3000):
+    draws = np.random.default_rng(7).multinomial(n, [q_lost, q_gained, 1 - q_lost - q_gained], rounds)
+    distinct, times = np.unique(draws[:, :2], axis=0, return_counts=True)
+    hits = 0
+    for (b, c), t in zip(distinct.tolist(), times.tolist(), strict=True):
+        interval = method(b, c, n)
+        hits += t * (interval.low <= q_lost - q_gained <= interval.high)
+    return hits / rounds
+
+
+def wald(b, c, n):
+    drop = (b - c) / n
+    half = Z * math.sqrt(((b + c) / n - drop**2) / n)
+    return Interval(drop - half, drop + half)
+
+
+@pytest.mark.parametrize(("q_lost", "q_gained"), [(0.004, 0.002), (0.01, 0.01), (0.06, 0.03)])
+def test_coverage_is_near_95_percent(q_lost, q_gained):
+    # Three standard errors of a simulated 95% are 1.2 points; the method itself is off by up to 0.6.
+    assert coverage(paired_drop_interval, 1000, q_lost, q_gained) == pytest.approx(0.95, abs=0.018)
+
+
+def test_coverage_holds_for_one_or_two_discordant_images_where_wald_fails():
+    assert coverage(wald, 1000, 0.001, 0.0005) < 0.80
+    assert coverage(paired_drop_interval, 1000, 0.001, 0.0005) >= 0.94
+
+
+def test_paired_is_narrower_than_two_separate_intervals():
+    paired = paired_drop_interval(8, 5, 2000)
+    separate = wilson_interval(1900, 2000).half_width + wilson_interval(1897, 2000).half_width
+    assert paired.half_width < separate / 4
+
+
+@given(st.integers(1, 500), st.integers(0, 500))
+def test_wilson_solves_its_equation(n, k):
+    k = min(k, n)
+    interval, p = wilson_interval(k, n), k / n
+    assert 0 <= interval.low <= p <= interval.high <= 1
+    for limit in (interval.low, interval.high):
+        assert (p - limit) ** 2 == pytest.approx(Z * Z * limit * (1 - limit) / n, abs=1e-12)
+
+
+@given(st.integers(0, 40), st.integers(0, 40))
+def test_mcnemar_is_the_binomial_sum(b, c):
+    n = b + c
+    tail = sum(math.comb(n, k) for k in range(min(b, c) + 1)) / 2**n
+    assert mcnemar_exact_p(b, c) == pytest.approx(min(1.0, 2 * tail))
+    assert mcnemar_exact_p(b, c) == mcnemar_exact_p(c, b)
+
+
+def test_mcnemar_at_the_ends():
+    assert mcnemar_exact_p(0, 0) == 1.0
+    assert mcnemar_exact_p(10, 10) == 1.0
+    assert mcnemar_exact_p(0, 10) == pytest.approx(2 / 1024)
+    assert 0 <= mcnemar_exact_p(6000, 4000) < 1e-80  # large counts neither overflow nor vanish to NaN
+
+
+@settings(max_examples=30)
+@given(counts, st.floats(0.0005, 0.2))
+def test_planned_images_reach_the_width_and_one_fewer_does_not(bcn, half_width):
+    b, c, n = bcn
+    images = images_for_half_width(half_width, b, c, n)
+
+    def planned(m):
+        return paired_drop_interval(b * m / n, c * m / n, m).half_width
+
+    assert planned(images) <= half_width
+    assert images == 1 or planned(images - 1) > half_width
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: wilson_interval(3, 2),
+        lambda: wilson_interval(0, 0),
+        lambda: wilson_interval(1, 2, 1.0),
+        lambda: paired_drop_interval(3, 3, 5),
+        lambda: paired_drop_interval(-1, 0, 5),
+        lambda: mcnemar_exact_p(-1, 2),
+        lambda: images_for_half_width(0.0, 1, 1, 10),
+    ],
+)
+def test_impossible_counts_are_refused(call):
+    with pytest.raises(ValueError, match="got"):
+        call()
