@@ -1,0 +1,212 @@
+"""From an image to the network's input: the one implementation.
+
+Calibration, validation and streaming all come through `to_network_pixels`; no second copy of
+resize, crop, colour order or normalization exists. Two halves, as `PreprocessSpec` says:
+
+* *Geometry* on uint8 pixels. Pillow's resampling is canonical, because the evaluation transforms of
+  timm and torchvision run on Pillow images: `to_network_pixels` gives the same pixels bit for bit.
+  The whole image is resized and then cropped, although `PIL.Image.Image.resize` can compute the crop
+  alone through its ``box``: that box is float32 and may change the order of the two passes, and the
+  pixels then differ (measured with Pillow 13 on noise: one level in 0.1% of the pixels, and up to 24
+  levels in a quarter of them for some sizes), for about half of the time.
+* *Normalization*, affine per channel, which the build folds into the graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.artifacts import PixelFormat, PreprocessSpec
+from pipeline.errors import DataError
+
+__all__ = ["affine", "normalize", "preprocess_sha256", "to_network_pixels"]
+
+_CHANNELS: dict[str, int] = {"RGB": 3, "BGR": 3, "GRAY": 1, "RGBA": 4, "BGRA": 4}
+_RESAMPLE = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+# What a camera delivers when its format negotiation failed: GStreamer hands over N×1 arrays.
+_MIN_SIDE = 2
+
+
+def to_network_pixels(
+    image: NDArray[np.uint8],
+    pixel_format: PixelFormat,
+    spec: PreprocessSpec,
+    color: Literal["RGB", "BGR"],
+) -> NDArray[np.uint8]:
+    """Resize, crop and order the channels of one image.
+
+    Gray becomes three equal channels; alpha is dropped, not blended. Wider pixels (16-bit, float)
+    are refused: how many of their bits are used is the camera's secret.
+
+    Args:
+        image: uint8, HWC in `pixel_format`, or HW for ``GRAY``; any strides; at least 2×2.
+        pixel_format: what the channels of `image` are.
+        spec: the geometry: resize mode, interpolation, antialiasing, crop fraction and size.
+        color: the channel order wanted.
+
+    Returns:
+        uint8, HWC, contiguous, ``spec.input_hw`` × 3, channels in order `color`.
+
+    Raises:
+        DataError: not an image, not 8-bit, a channel count other than `pixel_format`'s, degenerate
+            size, or (``resize="none"``) a size other than ``spec.input_hw``.
+    """
+    pixels = _checked(image, pixel_format)
+    if pixels.shape[:2] == spec.input_hw and spec.resize == "none":
+        cropped = pixels
+    else:
+        # Channels do not mix in resampling, so the colours are swapped afterwards, on the small image.
+        cropped = np.asarray(_resize_and_crop(Image.fromarray(np.ascontiguousarray(pixels)), spec))
+    if cropped.ndim == 2:
+        return np.repeat(cropped[:, :, np.newaxis], 3, axis=2)
+    if pixel_format[:3] != color:
+        cropped = cropped[:, :, ::-1]
+    return np.array(cropped, dtype=np.uint8, order="C")
+
+
+def affine(spec: PreprocessSpec) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Normalization as ``x = pixel * scale + shift``.
+
+    From ``x = (pixel / 255 * (hi - lo) + lo - mean) / std`` with ``value_range = (lo, hi)``.
+
+    Returns:
+        ``(scale, shift)``: float64, shape (3,), in ``spec.color`` order.
+
+    Raises:
+        DataError: a standard deviation is zero, or a number is not finite.
+    """
+    low, high = spec.value_range
+    mean = np.asarray(spec.mean, np.float64)
+    std = np.asarray(spec.std, np.float64)
+    if not np.all(np.isfinite([low, high, *mean, *std])) or np.any(std == 0):
+        raise DataError(
+            f"preprocessing has mean {spec.mean}, std {spec.std}, range {spec.value_range}: every number "
+            "must be finite and no std zero; correct the --preprocess file"
+        )
+    return (high - low) / (255.0 * std), (low - mean) / std
+
+
+def normalize(
+    pixels_nhwc: NDArray[np.uint8], spec: PreprocessSpec, color: Literal["RGB", "BGR"]
+) -> NDArray[np.float32]:
+    """The network's float input from pixels that `to_network_pixels` made.
+
+    Args:
+        pixels_nhwc: uint8, NHWC, channels in order `color`.
+        spec: the normalization, layout and channel order of the network.
+        color: the channel order of `pixels_nhwc`.
+
+    Returns:
+        float32, contiguous, in ``spec.layout``, channels in ``spec.color`` order.
+
+    Raises:
+        DataError: as `affine`; or the pixels are not uint8 NHWC with three channels.
+    """
+    if pixels_nhwc.dtype != np.uint8 or pixels_nhwc.ndim != 4 or pixels_nhwc.shape[3] != 3:
+        raise DataError(
+            f"normalize takes uint8 NHWC pixels with 3 channels, not {pixels_nhwc.dtype} of shape "
+            f"{pixels_nhwc.shape}"
+        )
+    scale, shift = affine(spec)
+    ordered = pixels_nhwc if color == spec.color else pixels_nhwc[..., ::-1]
+    values = ordered * scale.astype(np.float32) + shift.astype(np.float32)
+    if spec.layout == "NCHW":
+        values = values.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(values, dtype=np.float32)
+
+
+def preprocess_sha256(spec: PreprocessSpec) -> str:
+    """SHA-256 (hex) of what the spec says: equal specs, equal digests, on every machine."""
+    values: dict[str, Any] = dataclasses.asdict(spec)
+    values["input_hw"] = [int(side) for side in spec.input_hw]
+    values["crop_fraction"] = float(spec.crop_fraction)
+    for name in ("value_range", "mean", "std"):
+        values[name] = [float(number) for number in values[name]]  # 1 and 1.0 are the same number
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _checked(image: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.uint8]:
+    """`image` as uint8 HW (gray) or HW3 with alpha dropped; a view."""
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"a frame must be a numpy array, not {type(image).__name__}")
+    if image.dtype != np.uint8:
+        raise DataError(
+            f"a frame has {image.dtype} pixels; only 8-bit ones are taken, because the range of wider "
+            "ones is unknown: convert them to uint8 first"
+        )
+    if pixel_format not in _CHANNELS:
+        raise DataError(f"unknown pixel format {pixel_format!r}; known: {', '.join(_CHANNELS)}")
+    channels = _CHANNELS[pixel_format]
+    pixels = image[:, :, 0] if channels == 1 and image.ndim == 3 and image.shape[2] == 1 else image
+    expected_ndim = 2 if channels == 1 else 3
+    if pixels.ndim != expected_ndim or (channels > 1 and pixels.shape[2] != channels):
+        raise DataError(f"a {pixel_format} frame has shape {image.shape}; expected height×width×{channels}")
+    if min(pixels.shape[:2]) < _MIN_SIDE:
+        raise DataError(
+            f"a frame of {image.shape[1]}×{image.shape[0]} pixels is no image; the source is broken"
+        )
+    return pixels if channels == 1 else pixels[:, :, :3]
+
+
+def _resize_and_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
+    target_h, target_w = spec.input_hw
+    if spec.resize == "none":
+        if (image.height, image.width) != (target_h, target_w):
+            raise DataError(
+                f"an image is {image.width}×{image.height}, the network takes {target_w}×{target_h} and its "
+                "preprocessing does not resize: resize the images, or set resize in the --preprocess file"
+            )
+        return image
+    resized_h, resized_w = _resized_hw(image.height, image.width, spec)
+    left = _crop_start(resized_w, target_w)
+    top = _crop_start(resized_h, target_h)
+    resample = _RESAMPLE[spec.interpolation]
+    if spec.antialias or spec.interpolation == "nearest":
+        resized = image
+        if (resized_w, resized_h) != image.size:
+            resized = image.resize((resized_w, resized_h), resample)
+        # Pillow fills what lies outside the image with 0, as torchvision's center_crop pads.
+        return resized.crop((left, top, left + target_w, top + target_h))
+    if spec.interpolation == "lanczos":
+        raise DataError("lanczos interpolation exists only with antialias=true; use bicubic or set antialias")
+    # An affine map interpolates between neighbours however far it shrinks, and crops (or pads with 0)
+    # by its offset. Its coordinates are pixel centres, like those of resize.
+    step_x, step_y = image.width / resized_w, image.height / resized_h
+    return image.transform(
+        (target_w, target_h),
+        Image.Transform.AFFINE,
+        (step_x, 0.0, left * step_x, 0.0, step_y, top * step_y),
+        resample,
+    )
+
+
+def _resized_hw(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
+    """Size after the resize and before the crop, as timm's and torchvision's eval transforms have it."""
+    # 0.875 × 256 = 224 must give 256 again, whatever the division rounds to.
+    scaled_h, scaled_w = (math.floor(side / spec.crop_fraction + 1e-6) for side in spec.input_hw)
+    if spec.resize == "squash":
+        return scaled_h, scaled_w
+    if scaled_h == scaled_w:  # torchvision Resize(int): the longer side is truncated
+        if height <= width:
+            return scaled_h, int(scaled_h * width / height)
+        return int(scaled_w * height / width), scaled_w
+    ratio = min(height / scaled_h, width / scaled_w)  # timm ResizeKeepRatio: cover the target
+    return round(height / ratio), round(width / ratio)
+
+
+def _crop_start(size: int, target: int) -> int:
+    """Where torchvision's center_crop starts; negative where the image is padded."""
+    return -((target - size) // 2) if target > size else round((size - target) / 2.0)
