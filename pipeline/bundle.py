@@ -7,33 +7,35 @@ before anything but the manifest is parsed. `docs/bundle-format.md` has the layo
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import hashlib
 import json
 import os
 import shutil
-import stat
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock, Timeout
 
+from pipeline.bundle_files import (
+    MANIFEST_DIGEST_NAME,
+    MANIFEST_NAME,
+    REMEDY,
+    check_name,
+    exchange,
+    measure,
+    mismatch,
+    read_regular,
+    sync,
+    write_synced,
+)
 from pipeline.errors import EdgefoldError, IntegrityError, UsageError
 from pipeline.manifest import FileRecord, Manifest, manifest_from_json, manifest_to_json
 
-__all__ = ["MANIFEST_NAME", "MANIFEST_DIGEST_NAME", "Bundle", "BundleWriter", "open_bundle"]
-
-MANIFEST_NAME = "manifest.json"
-MANIFEST_DIGEST_NAME = "manifest.sha256"
-"""SHA-256 of the manifest, in the format of ``sha256sum``: an edited manifest is noticed too."""
+__all__ = ["MANIFEST_DIGEST_NAME", "MANIFEST_NAME", "Bundle", "BundleWriter", "open_bundle"]
 
 _MAX_MANIFEST_BYTES = 16 * 1024 * 1024
-_CHUNK_BYTES = 1 << 20
-_REMEDY = "copy the bundle again, or rebuild it with edgefold build"
-_RENAME_EXCHANGE = 2  # linux/fs.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +57,10 @@ class Bundle:
     def read_bytes(self, name: str) -> bytes:
         """The content of `name`, hashed again: the bytes verified are the bytes returned."""
         record = self._record(name)
-        data = (self.path / name).read_bytes()
+        data = read_regular(self.path, name, record.size_bytes)
         found = hashlib.sha256(data).hexdigest()
         if found != record.sha256:
-            raise IntegrityError(_mismatch(self.path, name, f"SHA-256 {record.sha256}", found))
+            raise IntegrityError(mismatch(self.path, name, f"SHA-256 {record.sha256}", found))
         return data
 
     def _record(self, name: str) -> FileRecord:
@@ -88,17 +90,17 @@ def open_bundle(path: Path | str) -> Bundle:
     names = {entry.name for entry in path.iterdir()}
     if MANIFEST_NAME not in names and MANIFEST_DIGEST_NAME not in names:
         raise UsageError(f"{str(path)!r} is no bundle: it has no {MANIFEST_NAME}")
-    digest_text = _read_regular(path, MANIFEST_DIGEST_NAME, 1024)[0]
-    data, found = _read_regular(path, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
-    expected = digest_text.decode("ascii", "replace").split(" ")[0].strip()
+    expected = read_regular(path, MANIFEST_DIGEST_NAME, 1024).decode("ascii", "replace").split(" ")[0].strip()
+    data = read_regular(path, MANIFEST_NAME, _MAX_MANIFEST_BYTES)
+    found = hashlib.sha256(data).hexdigest()
     if found != expected:
-        raise IntegrityError(_mismatch(path, MANIFEST_NAME, f"SHA-256 {expected!r}", found))
+        raise IntegrityError(mismatch(path, MANIFEST_NAME, f"SHA-256 {expected!r}", found))
     manifest = manifest_from_json(data, f"{MANIFEST_NAME} of {str(path)!r}")
     unlisted = sorted(names - set(manifest.files) - {MANIFEST_NAME, MANIFEST_DIGEST_NAME})
     if unlisted:
         raise IntegrityError(
             f"bundle {str(path)!r} holds {unlisted[0]!r}, which its manifest does not list: move it away, or "
-            f"{_REMEDY}"
+            f"{REMEDY}"
         )
     for name, record in manifest.files.items():
         _verify(path, name, record)
@@ -137,16 +139,17 @@ class BundleWriter:
             self._lock.acquire()
         except Timeout as error:
             raise EdgefoldError(
-                f"another build is writing {str(self._out_dir)!r} (it holds {self._lock.lock_file!r}): wait for "
-                "it, or give another --out"
+                f"another build is writing {str(self._out_dir)!r} (it holds {self._lock.lock_file!r}): wait "
+                "for it, or give another --out"
             ) from error
         except OSError as error:
             raise self._write_error(error) from error
         try:
             self._clean_up_after_killed_builds()
             self._require_replaceable()
-            self._path = Path(tempfile.mkdtemp(prefix=self._sibling("tmp-").name, dir=parent))
-            self._path.chmod(0o755)
+            temporary = self._sibling("tmp")
+            temporary.mkdir()
+            self._path = temporary
         except OSError as error:
             self._lock.release()
             raise self._write_error(error) from error
@@ -161,17 +164,21 @@ class BundleWriter:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        temporary, self._path = self._path, None
         try:
-            if self._path is not None:
-                shutil.rmtree(self._path, ignore_errors=True)
-                self._path = None
+            if temporary is not None:
+                shutil.rmtree(temporary, ignore_errors=True)
         finally:
             self._lock.release()
         if isinstance(exc, OSError) and exc.errno in _WRITE_FAULTS:
-            raise self._write_error(exc) from exc
+            # A full disk has no file name; a refused one may be the user's data, and not this bundle.
+            named = os.fsdecode(exc.filename) if isinstance(exc.filename, str | bytes) else None
+            if named is None or (temporary is not None and Path(named).is_relative_to(temporary)):
+                raise self._write_error(exc) from exc
 
     def add_file(self, name: str, content: bytes | Path) -> Path:
         """Put bytes, or a copy of a file, into the bundle as `name`; returns where it lies for now."""
+        check_name(name)
         target = self.path / name
         try:
             if isinstance(content, bytes):
@@ -196,48 +203,50 @@ class BundleWriter:
         try:
             records = {}
             for entry in sorted(path.iterdir()):
-                _sync(entry)
-                size_bytes, sha256 = _measure(path, entry.name)
+                check_name(entry.name)
+                size_bytes, sha256 = measure(path, entry.name)
+                sync(entry)
                 records[entry.name] = FileRecord(size_bytes, sha256)
             complete = replace(manifest, files=records)
             data = manifest_to_json(complete)
             digest = f"{hashlib.sha256(data).hexdigest()}  {MANIFEST_NAME}\n"
-            _write_synced(path / MANIFEST_DIGEST_NAME, digest.encode())
-            _write_synced(path / MANIFEST_NAME, data)
-            _sync(path)
+            write_synced(path / MANIFEST_DIGEST_NAME, digest.encode())
+            write_synced(path / MANIFEST_NAME, data)
+            sync(path)
             self._put_in_place(path)
-            _sync(self._out_dir.parent)
+            sync(self._out_dir.parent)
         except OSError as error:
             raise self._write_error(error) from error
         return Bundle(self._out_dir, complete)
 
     def _put_in_place(self, new: Path) -> None:
-        old = self._out_dir
+        old, aside = self._out_dir, self._sibling("old")
+        replaced: Path | None = None
         if not old.exists() or not any(old.iterdir()):
             new.rename(old)  # POSIX renames over an empty folder
-            self._path = None
-        elif _exchange(new, old):
-            pass  # `new` now holds the previous bundle; __exit__ removes it
+        elif exchange(new, old):
+            replaced = new
         else:
             # Two renames where the file system cannot exchange. A kill between them leaves the
             # previous bundle aside, from where the next build takes it back.
-            aside = self._sibling("old")
             old.rename(aside)
             try:
                 new.rename(old)
             except BaseException:
                 aside.rename(old)
                 raise
-            self._path = None
-            shutil.rmtree(aside, ignore_errors=True)
+            replaced = aside
+        self._path = None
+        if replaced is not None:
+            shutil.rmtree(replaced, ignore_errors=True)
 
     def _require_replaceable(self) -> None:
         """Refuse to replace anything that a build did not write."""
         out = self._out_dir
         if not out.exists() and not out.is_symlink():
             return
-        if not out.is_dir() or out.is_symlink():
-            raise UsageError(f"{str(out)!r} is no folder; give another --out")
+        if out.is_symlink() or not out.is_dir():
+            raise UsageError(f"{str(out)!r} is a file or a link, not a folder; give another --out")
         names = {entry.name for entry in out.iterdir()}
         if not names:
             return
@@ -249,12 +258,10 @@ class BundleWriter:
         foreign = sorted(names - listed)
         if foreign:
             raise UsageError(
-                f"{str(out)!r} holds {foreign[0]!r}, which is not of the bundle and would be lost; move it away"
+                f"{str(out)!r} holds {foreign[0]!r}, which is not the bundle's and would be lost: move it away"
             )
         if not self._overwrite:
-            raise UsageError(
-                f"the bundle {str(out)!r} is there already; give another --out, or allow overwriting"
-            )
+            raise UsageError(f"there is a bundle at {str(out)!r} already; give another --out, or remove it")
 
     def _clean_up_after_killed_builds(self) -> None:
         aside = _set_aside(self._out_dir)
@@ -263,8 +270,8 @@ class BundleWriter:
                 shutil.rmtree(aside)
             else:
                 aside.rename(self._out_dir)
-        for stale in self._out_dir.parent.glob(f"{self._sibling('tmp-').name}*"):
-            shutil.rmtree(stale)
+        if self._sibling("tmp").exists():
+            shutil.rmtree(self._sibling("tmp"))
 
     def _sibling(self, suffix: str) -> Path:
         return self._out_dir.parent / f".{self._out_dir.name}.{suffix}"
@@ -305,81 +312,8 @@ def _listed_names(bundle: Path) -> set[str] | None:
 
 
 def _verify(bundle: Path, name: str, record: FileRecord) -> None:
-    size_bytes, sha256 = _measure(bundle, name, record.size_bytes)
+    size_bytes, sha256 = measure(bundle, name, record.size_bytes)
     if size_bytes != record.size_bytes:
-        raise IntegrityError(_mismatch(bundle, name, f"{record.size_bytes} bytes", f"{size_bytes} bytes"))
+        raise IntegrityError(mismatch(bundle, name, f"{record.size_bytes} bytes", f"{size_bytes} bytes"))
     if sha256 != record.sha256:
-        raise IntegrityError(_mismatch(bundle, name, f"SHA-256 {record.sha256}", sha256))
-
-
-def _measure(bundle: Path, name: str, expected_bytes: int | None = None) -> tuple[int, str]:
-    """Size and SHA-256; the content is not read where the size already differs."""
-    digest = hashlib.sha256()
-    with os.fdopen(_open_regular(bundle, name), "rb") as stream:
-        size_bytes = os.fstat(stream.fileno()).st_size
-        if expected_bytes in (None, size_bytes):
-            while chunk := stream.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return size_bytes, digest.hexdigest()
-
-
-def _read_regular(bundle: Path, name: str, max_bytes: int) -> tuple[bytes, str]:
-    with os.fdopen(_open_regular(bundle, name), "rb") as stream:
-        data = stream.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise IntegrityError(_mismatch(bundle, name, f"at most {max_bytes} bytes", "more"))
-    return data, hashlib.sha256(data).hexdigest()
-
-
-def _open_regular(bundle: Path, name: str) -> int:
-    """Open a regular file of the bundle itself: no symbolic link, no second name elsewhere."""
-    try:
-        # O_NONBLOCK: a named pipe in place of the file must not hang the open.
-        descriptor = os.open(bundle / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        kind = {errno.ENOENT: "no file", errno.ELOOP: "a symbolic link"}.get(
-            error.errno or 0, str(error.strerror)
-        )
-        raise IntegrityError(_mismatch(bundle, name, "a regular file", kind)) from error
-    status = os.fstat(descriptor)
-    found = ""
-    if not stat.S_ISREG(status.st_mode):
-        found = "a folder" if stat.S_ISDIR(status.st_mode) else "a special file"
-    elif status.st_nlink > 1:
-        found = f"a hard link ({status.st_nlink} names share its content)"
-    if found:
-        os.close(descriptor)
-        raise IntegrityError(_mismatch(bundle, name, "a regular file of its own", found))
-    return descriptor
-
-
-def _mismatch(bundle: Path, name: str, expected: str, found: str) -> str:
-    return f"bundle {str(bundle)!r}: {name!r} should be {expected}, found {found}; {_REMEDY}"
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two paths in one step (Linux ``renameat2``); False where this system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    at_cwd = -100
-    result = renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), _RENAME_EXCHANGE)
-    if result == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EXDEV):
-        return False
-    raise OSError(code, os.strerror(code), str(other))
+        raise IntegrityError(mismatch(bundle, name, f"SHA-256 {record.sha256}", sha256))

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from pipeline.errors import DataError
 
-__all__ = ["MAX_IMAGE_PIXELS", "find_images", "read_image", "unsupported_images"]
+__all__ = ["MAX_IMAGE_PIXELS", "find_images", "find_unsupported_images", "read_image"]
 
 MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 """Width times height above which an image is not decoded (192 MiB as RGB); a 48-megapixel camera
@@ -35,7 +35,7 @@ def find_images(folder: Path) -> list[Path]:
     return _find(folder, _SUFFIXES)
 
 
-def unsupported_images(folder: Path) -> list[Path]:
+def find_unsupported_images(folder: Path) -> list[Path]:
     """Files at or below `folder` whose names say image but which are not decoded here (HEIC, raw, …)."""
     return _find(folder, _SUFFIXES_UNSUPPORTED)
 

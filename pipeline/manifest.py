@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal, NoReturn
 
+import numpy as np
 from pydantic import Field, TypeAdapter, ValidationError
 
 from pipeline.artifacts import Fingerprint, PreprocessSpec, StageRecord, TensorSpec
 from pipeline.errors import IntegrityError, UnsupportedError
 
 __all__ = [
+    "FILE_NAME",
     "SCHEMA_VERSION",
     "AccuracySummary",
     "CalibrationSummary",
@@ -37,7 +39,8 @@ _STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 # A bundle is flat. What is no plain file name (a separator, "..", a drive) cannot be written down.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$")]
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}$"
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +141,8 @@ class Manifest:
     accuracy: AccuracySummary | None
     stages: tuple[StageRecord, ...]
     engine: EngineRecord
-    files: dict[FileName, FileRecord]
-    schema_version: int = SCHEMA_VERSION
+    files: dict[FileName, FileRecord] = field(default_factory=dict)
+    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
 
 
 @cache
@@ -158,7 +161,7 @@ def manifest_to_json(manifest: Manifest) -> bytes:
     """
     tree = asdict(manifest)
     for stage in tree["stages"]:
-        stage["checks"] = _without_non_finite(stage["checks"])
+        stage["checks"] = _plain(stage["checks"])
     try:
         text = json.dumps(tree, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:
@@ -183,7 +186,9 @@ def manifest_from_json(data: bytes, source: str = "manifest.json") -> Manifest:
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{source} is not valid JSON ({error}); build the bundle again") from error
     version = tree.get("schema_version") if isinstance(tree, dict) else None
-    if isinstance(version, int) and version > SCHEMA_VERSION:
+    if not isinstance(version, int):
+        raise IntegrityError(f"{source} has no schema_version: it is not the manifest of a bundle")
+    if version > SCHEMA_VERSION:
         raise UnsupportedError(
             f"{source} has schema version {version}; this edgefold reads up to {SCHEMA_VERSION}: "
             f"install edgefold {tree.get('edgefold_version', 'of the build machine')} or newer"
@@ -203,7 +208,7 @@ def manifest_from_json(data: bytes, source: str = "manifest.json") -> Manifest:
 def manifest_json_schema() -> dict[str, Any]:
     """The JSON schema of ``manifest.json``, for tools that read bundles without this package."""
     schema = _adapter().json_schema()
-    schema["required"] = [field.name for field in fields(Manifest)]
+    schema["required"] = [item.name for item in fields(Manifest)]
     return schema
 
 
@@ -219,11 +224,14 @@ def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a JSON number")
 
 
-def _without_non_finite(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """`value` with NumPy's scalars as Python's, and non-finite numbers as strings."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _without_non_finite(item) for key, item in value.items()}
+        return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_non_finite(item) for item in value]
+        return [_plain(item) for item in value]
     return value
