@@ -24,7 +24,7 @@ from pipeline.synthetic_signs import CLASS_NAMES, plate_homography, project_sign
 
 __all__ = ["CLASS_NAMES", "RENDERER_VERSION", "SyntheticCamera", "SyntheticDataset"]
 
-RENDERER_VERSION = 1
+RENDERER_VERSION = 2
 """Raised whenever a frame's pixels change: weights trained on other pixels are told apart by it."""
 
 Color = tuple[int, int, int]
@@ -254,7 +254,7 @@ def _light(dice: _Dice, scene: Image.Image) -> Image.Image:
 def _blur(dice: _Dice, scene: Image.Image, unit_px: float) -> Image.Image:
     """Motion along a line, then defocus; there is always a little of the lens."""
     if dice.chance(0.35):
-        length, angle = unit_px * dice.log_uniform(0.008, 0.05), dice.uniform(0, math.pi)
+        length, angle = unit_px * dice.log_uniform(0.008, 0.06), dice.uniform(0, math.pi)
         # Averaging with copies shifted by 1/2, 1/4 and 1/8 of the path is a box of eight taps.
         for part in (0.5, 0.25, 0.125):
             dx, dy = round(length * part * math.cos(angle)), round(length * part * math.sin(angle))
@@ -270,11 +270,14 @@ def _sensor_and_jpeg(dice: _Dice, scene: Image.Image) -> NDArray[np.uint8]:
     pixels = np.asarray(scene)
     strength = dice.log_uniform(1.0, 16.0)
     levels = np.arange(256, dtype=np.float32)
-    sigma = strength * np.sqrt(0.25 + 0.75 * levels / 128)
-    noise = _noise_slice(dice, pixels.size).reshape(pixels.shape)
-    noisy = np.clip(pixels + sigma.astype(np.float32)[pixels] * noise + 0.5, 0, 255).astype(np.uint8)
+    sigma = (strength * np.sqrt(0.25 + 0.75 * levels / 128)).astype(np.float32)
+    noisy = sigma.take(pixels)  # in place from here on: allocating 1 MB again and again costs more
+    noisy *= _noise_slice(dice, pixels.size).reshape(pixels.shape)
+    noisy += pixels
+    noisy += np.float32(0.5)  # the cast truncates
+    np.clip(noisy, 0, 255, out=noisy)
     encoded = io.BytesIO()
-    Image.fromarray(noisy).save(encoded, "JPEG", quality=round(dice.uniform(25, 95)))
+    Image.fromarray(noisy.astype(np.uint8)).save(encoded, "JPEG", quality=round(dice.uniform(25, 95)))
     with Image.open(encoded) as decoded:
         return np.array(decoded.convert("RGB"))
 
@@ -322,7 +325,7 @@ class SyntheticCamera:
 
         scene = _background(dice, size)
         _distractors(dice, ImageDraw.Draw(scene), size)
-        radius = unit_px * dice.log_uniform(0.105, 0.42)
+        radius = unit_px * dice.log_uniform(0.07, 0.42)
         # Anywhere in the central square as long as the plate stays inside, a little less at the rim.
         room = 0.9 * max(0.0, unit_px / 2 - radius)
         center = (size[0] / 2 + room * dice.uniform(-1, 1), size[1] / 2 + room * dice.uniform(-1, 1))
