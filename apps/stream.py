@@ -1,0 +1,136 @@
+"""``edgefold stream``: classify a camera, a video, a folder or the synthetic camera."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from apps.streaming.display import choose_display
+from apps.streaming.session import StreamSummary, run_stream
+
+__all__ = ["StreamSummary", "print_summary", "run_stream", "stream_command"]
+
+
+class _Policy(str, Enum):
+    newest = "newest"
+    every = "every"
+
+
+class _Engine(str, Enum):
+    openvino = "openvino"
+    onnxruntime = "onnxruntime"
+
+
+class _Precision(str, Enum):
+    int8 = "int8"
+    fp32 = "fp32"
+
+
+def stream_command(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that edgefold build wrote.")],
+    source: Annotated[
+        str,
+        typer.Option(
+            help="synthetic:SEED[:COUNT], a video file, an image folder, an .npz, or /dev/videoN.",
+            show_default=False,
+        ),
+    ],
+    record: Annotated[
+        Path | None, typer.Option(help="Write the pictures with the overlay to this MP4.", show_default=False)
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Write every prediction to this JSON-lines file.", show_default=False)
+    ] = None,
+    headless: Annotated[
+        bool, typer.Option("--headless", help="Show no window. Without a display this is so anyway.")
+    ] = False,
+    policy: Annotated[
+        _Policy | None,
+        typer.Option(
+            help="newest: classify the latest frame and drop those that came meanwhile; every: classify all. "
+            "Live sources default to newest, files to every.",
+            show_default=False,
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float | None, typer.Option(help="End after this many seconds.", show_default=False)
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(help="End after classifying this many frames.", show_default=False)
+    ] = None,
+    engine: Annotated[_Engine, typer.Option(help="What runs the model.")] = _Engine.openvino,
+    precision: Annotated[
+        _Precision | None,
+        typer.Option(
+            help="Which of the bundle's models; int8 by default where there is one.", show_default=False
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        typer.Option(
+            help="Rate of a synthetic camera or an image folder (30 if not given).", show_default=False
+        ),
+    ] = None,
+    json_output: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON, and nothing else.")
+    ] = False,
+) -> None:
+    """Classify a stream of frames until it ends, or until Ctrl-C or SIGTERM."""
+    summary = run_stream(
+        bundle,
+        source,
+        record=record,
+        predictions=predictions,
+        headless=headless,
+        policy=None if policy is None else policy.value,
+        max_seconds=max_seconds,
+        max_frames=max_frames,
+        engine=engine.value,
+        precision=None if precision is None else precision.value,
+        fps=fps,
+        display=choose_display(f"{bundle.name} · {source}", json_output),
+    )
+    if json_output:
+        typer.echo(json.dumps(summary.to_json(), indent=2))
+    else:
+        print_summary(summary)
+
+
+def print_summary(summary: StreamSummary) -> None:
+    """The summary for a person: what was seen, how fast, how right, and what was lost."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    table = Table(title="Latency by stage, ms", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage")
+    for percentile in ("p50", "p95", "p99", "max"):
+        table.add_column(percentile, justify="right")
+    for stage, latency in summary.latency.items():
+        figures = (latency.p50_ms, latency.p95_ms, latency.p99_ms, latency.max_ms)
+        table.add_row(stage, *(f"{value:.2f}" if latency.count else "–" for value in figures))
+    console.print(table)
+    console.print(
+        f"{summary.frames_inferred} frames of {escape(summary.source)} in {summary.seconds:.1f} s: "
+        f"[bold]{summary.fps:.1f} FPS[/bold] "
+        f"({summary.precision} on {summary.engine}, policy {summary.policy}); ended by {summary.ended}"
+    )
+    dropped = ", ".join(f"{count} ({reason})" for reason, count in summary.dropped.items()) or "none"
+    console.print(f"dropped: {dropped} of {summary.frames_read} read")
+    if summary.top1 is not None:
+        console.print(
+            f"top-1 through the stream: [bold]{100 * summary.top1:.2f}%[/bold] "
+            f"({summary.correct} of {summary.labelled} labelled frames)"
+        )
+    if summary.recording is not None:
+        console.print(f"recording: {summary.recording}", markup=False)
+    if summary.predictions is not None:
+        console.print(f"predictions: {summary.predictions}", markup=False)
+    for note in summary.notes:
+        console.print(f"note: {note}", markup=False, style="yellow")
