@@ -258,7 +258,7 @@ class BundleWriter:
         foreign = sorted(names - listed)
         if foreign:
             raise UsageError(
-                f"{str(out)!r} holds {foreign[0]!r}, which is not the bundle's and would be lost: move it away"
+                f"{str(out)!r} holds {foreign[0]!r}, which is not the bundle's and would be lost: move it"
             )
         if not self._overwrite:
             raise UsageError(f"there is a bundle at {str(out)!r} already; give another --out, or remove it")

@@ -92,8 +92,8 @@ def check_name(name: str) -> None:
     """Raise `IntegrityError` unless `name` can be listed in a manifest."""
     if not re.fullmatch(FILE_NAME, name) or name in (MANIFEST_NAME, MANIFEST_DIGEST_NAME):
         raise IntegrityError(
-            f"{name!r} cannot be a file of a bundle: a bundle is flat, and its names are made of letters, digits, "
-            "'.', '_' and '-'"
+            f"{name!r} cannot be a file of a bundle: a bundle is flat, and its names are made of "
+            "letters, digits, '.', '_' and '-'"
         )
 
 

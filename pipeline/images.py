@@ -22,7 +22,8 @@ MAX_IMAGE_PIXELS = 64 * 1024 * 1024
 phone passes."""
 
 # Named, so that a file never reaches a decoder that runs a program (Pillow hands EPS to Ghostscript).
-_FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+# JPEG includes the multi-picture files of cameras.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )

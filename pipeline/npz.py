@@ -111,7 +111,8 @@ def _image_array_shape(archive: zipfile.ZipFile, path: Path) -> tuple[int, ...]:
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order or min(shape) < 1:
         order = " in Fortran order" if fortran_order else ""
         raise DataError(
-            f"`images` in {str(path)!r} is {dtype} of shape {shape}{order}; it must be uint8, N×H×W×3, C order"
+            f"`images` in {str(path)!r} is {dtype} of shape {shape}{order}; it must be uint8, N×H×W×3, "
+            "in C order"
         )
     return shape
 
