@@ -1,0 +1,135 @@
+"""What a graph holds and costs: operators, parameters, multiply-accumulates."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from pipeline.artifacts import TensorSpec
+from pipeline.onnx_files import interface, load_model
+
+__all__ = ["Change", "GraphSummary", "compare", "summarize", "summarize_model"]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSummary:
+    """A graph in numbers."""
+
+    op_counts: dict[str, int]
+    """Operator to number of nodes, most frequent first."""
+    n_nodes: int
+    n_parameters: int
+    """Elements of all stored tensors but int64 ones, which hold shapes and axes."""
+    parameter_bytes: int
+    macs: int
+    """Multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul at batch 1."""
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-compatible values; what `from_json` reads."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> GraphSummary:
+        """A summary as a stage record keeps it."""
+        specs = {side: tuple(map(_spec_from_json, values[side])) for side in ("inputs", "outputs")}
+        return cls(**{**values, **specs})
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One quantity of two graphs."""
+
+    quantity: str
+    before: int
+    after: int
+
+
+def summarize(path: Path) -> GraphSummary:
+    """Summarize an ONNX file.
+
+    Raises:
+        ModelSpecError, IntegrityError: as `pipeline.onnx_files.load_model`.
+    """
+    return summarize_model(load_model(path))
+
+
+def summarize_model(model: ir.Model) -> GraphSummary:
+    """Summarize a graph in memory, which is not changed."""
+    inputs, outputs = interface(model)
+    counts = Counter(node.op_type for node in model.graph.all_nodes())
+    tensors = [
+        value.const_value
+        for value in model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.dtype != ir.DataType.INT64
+    ]
+    return GraphSummary(
+        op_counts=dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        n_nodes=counts.total(),
+        n_parameters=sum(tensor.size for tensor in tensors),
+        parameter_bytes=sum(tensor.nbytes for tensor in tensors),
+        macs=_macs(model),
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def compare(before: GraphSummary, after: GraphSummary) -> tuple[Change, ...]:
+    """Nodes, parameters, bytes, MACs, then every operator of either graph."""
+    totals = [
+        Change(name, getattr(before, name), getattr(after, name))
+        for name in ("n_nodes", "n_parameters", "parameter_bytes", "macs")
+    ]
+    ops = [
+        Change(op, before.op_counts.get(op, 0), after.op_counts.get(op, 0))
+        for op in dict.fromkeys([*before.op_counts, *after.op_counts])
+    ]
+    return (*totals, *ops)
+
+
+def _spec_from_json(values: dict[str, Any]) -> TensorSpec:
+    return TensorSpec(values["name"], values["dtype"], tuple(values["shape"]))
+
+
+def _macs(model: ir.Model) -> int:
+    """Sum over the linear layers of the main graph, shapes inferred at batch 1."""
+    single = model.clone()
+    for value in single.graph.inputs:
+        if value.shape is not None:
+            value.shape = ir.Shape([dim if isinstance(dim, int) else 1 for dim in value.shape])
+    for node in single.graph:
+        for value in node.outputs:
+            value.shape = None
+    common.ShapeInferencePass(data_prop=True)(single)
+    return sum(_node_macs(node) for node in single.graph)
+
+
+def _node_macs(node: ir.Node) -> int:
+    if node.op_type in ("Conv", "ConvTranspose"):
+        # Each weight is used once for every output position (of a transposed one: input position).
+        positions = _shape(node.outputs[0] if node.op_type == "Conv" else node.inputs[0])
+        weight = _shape(node.inputs[1])
+        return math.prod(positions[:1]) * math.prod(positions[2:]) * math.prod(weight)
+    if node.op_type == "Gemm":
+        left = _shape(node.inputs[0])
+        depth = left[0] if node.attributes.get_int("transA", 0) and left else math.prod(left[1:])
+        return math.prod(_shape(node.outputs[0])) * depth
+    if node.op_type == "MatMul":
+        return math.prod(_shape(node.outputs[0])) * math.prod(_shape(node.inputs[0])[-1:])
+    return 0
+
+
+def _shape(value: ir.Value | None) -> Sequence[int]:
+    """Static sizes; a shape that could not be inferred counts as no work."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return (0,)
+    return value.shape.numpy()

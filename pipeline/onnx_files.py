@@ -1,0 +1,174 @@
+"""Reading and writing ONNX files: contained, atomic, digested. Imports no torch.
+
+A model file is untrusted input. Its tensors may name other files ("external data"), and a loader that
+follows such a name blindly reads whatever the file's author wanted: every location is therefore
+checked before any of them is opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import onnx
+import onnx_ir as ir
+from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
+
+from pipeline.artifacts import TensorSpec
+from pipeline.errors import ExportError, IntegrityError, ModelSpecError
+
+__all__ = ["file_sha256", "interface", "load_model", "load_proto", "opset_of", "save_model"]
+
+_PROTOBUF_LIMIT_BYTES = 2**31 - 1
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's content, read in blocks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def load_proto(path: Path) -> onnx.ModelProto:
+    """Parse an ONNX file together with its external data.
+
+    Raises:
+        ModelSpecError: no such file, or it is not an ONNX model.
+        IntegrityError: external data lies outside the model's folder or behind a link.
+    """
+    try:
+        proto = onnx.load_model(path, load_external_data=False)
+    except OSError as error:
+        raise ModelSpecError(f"cannot read {path}: {error.strerror or error}") from error
+    except DecodeError as error:
+        raise ModelSpecError(f"{path} is not an ONNX model: {error}") from error
+    if not proto.HasField("graph") or not proto.graph.node:
+        raise ModelSpecError(f"{path} is not an ONNX model: it holds no graph")
+    external = list(_external_tensors(proto))
+    for tensor in external:
+        _check_location(tensor, path.parent)
+    if external:
+        try:
+            onnx.load_external_data_for_model(proto, str(path.parent))
+        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+            raise IntegrityError(f"external data of {path} cannot be read: {error}") from error
+    for tensor in _external_tensors(proto):
+        raise IntegrityError(
+            f"tensor {tensor.name!r} of {path} keeps its data in another file where the ONNX loader does not "
+            "look for it; save the model as one file"
+        )
+    return proto
+
+
+def load_model(path: Path) -> ir.Model:
+    """As `load_proto`, as an IR model."""
+    return ir.serde.deserialize_model(load_proto(path))
+
+
+def save_model(model: ir.Model, path: Path) -> str:
+    """Write `model` as one self-contained file, all or nothing.
+
+    Returns:
+        The file's SHA-256 (hex).
+
+    Raises:
+        ExportError: the model is over protobuf's limit of 2 GiB, or the folder cannot be written.
+    """
+    n_bytes = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
+    if n_bytes >= _PROTOBUF_LIMIT_BYTES:
+        raise ExportError(
+            f"the weights take {n_bytes} bytes; one ONNX file holds at most {_PROTOBUF_LIMIT_BYTES}: "
+            "use a smaller model"
+        )
+    content = ir.serde.serialize_model(model).SerializeToString()
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(content)
+                file.flush()
+                temporary.chmod(0o644)  # NamedTemporaryFile makes it private; a model is not
+                temporary.replace(path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+    except OSError as error:
+        raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
+    return hashlib.sha256(content).hexdigest()
+
+
+def interface(model: ir.Model) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """The inputs and the outputs of `model`."""
+    return tuple(map(_spec, model.graph.inputs)), tuple(map(_spec, model.graph.outputs))
+
+
+def opset_of(model: ir.Model) -> int:
+    """The version of the standard operator set that `model` uses."""
+    return int(model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0)))
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    if value.name is None or value.dtype is None or value.shape is None:
+        raise ExportError(
+            f"{value.name!r} has no declared type or shape; the model must declare its interface"
+        )
+    shape: list[int | str] = []
+    for axis, dim in enumerate(value.shape):
+        if isinstance(dim, int):
+            shape.append(dim)
+        else:
+            shape.append(dim.value or f"{value.name}_{axis}")
+    return TensorSpec(value.name, value.dtype.numpy().name, tuple(shape))
+
+
+def _external_tensors(message: Message) -> Iterator[onnx.TensorProto]:
+    """Every tensor anywhere in `message` (subgraphs, attributes, functions) that names a file."""
+    if isinstance(message, onnx.TensorProto):
+        if message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is None:
+            continue
+        for child in [value] if isinstance(value, Message) else value:
+            yield from _external_tensors(child)
+
+
+def _check_location(tensor: onnx.TensorProto, folder: Path) -> None:
+    """Refuse a location that leaves `folder` or that is not a plain file of its own.
+
+    A hard link is refused as well: nothing tells it from the file, perhaps a secret one, it was made of.
+    """
+    location = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+    parts = PurePosixPath(location).parts
+    what = f"external data {location!r} of tensor {tensor.name!r}"
+    if not location or PurePosixPath(location).is_absolute() or PureWindowsPath(location).anchor:
+        raise IntegrityError(f"{what} is not a relative path; nothing was opened")
+    if ".." in parts or "\\" in location or "\0" in location:
+        raise IntegrityError(f"{what} leaves the model's folder; nothing was opened")
+    place = folder
+    for part in parts:
+        place = place / part
+        try:
+            status = os.lstat(place)
+        except OSError as error:
+            raise IntegrityError(f"{what} is missing: {error.strerror}") from error
+        if stat.S_ISLNK(status.st_mode):
+            raise IntegrityError(f"{what} is a symbolic link; nothing was opened; copy the file instead")
+    if not stat.S_ISREG(status.st_mode):
+        raise IntegrityError(f"{what} is not a regular file; nothing was opened")
+    if status.st_nlink != 1:
+        raise IntegrityError(
+            f"{what} has {status.st_nlink} hard links; nothing was opened; copy the file, so that it is the "
+            "model's own"
+        )

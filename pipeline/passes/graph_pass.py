@@ -1,0 +1,74 @@
+"""What a graph pass is, and what it tells about its run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+__all__ = ["EXACT_ALGEBRA", "Feeds", "GraphPass", "LeaveAlone", "PassRecord", "RewriteReport", "Tolerance"]
+
+Feeds = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """How far the outputs may move under one pass. Both limits hold."""
+
+    relative: float
+    """Of the largest absolute error to the largest absolute output before the pass."""
+    sqnr_db: float
+    """At least this signal-to-noise ratio, where the noise is the change."""
+
+
+EXACT_ALGEBRA = Tolerance(relative=1e-3, sqnr_db=70.0)
+"""For passes that are exact over the reals: what float32 rounding may do, nothing more.
+
+Measured on networks of 20 to 244 convolutions: 105 to 125 dB and 1e-6 to 1e-5, and at worst (random
+weights, batch-norm statistics of four images) 89 dB and 4e-5. A batch-norm epsilon of 1e-3 forgotten in
+one layer gives 66 dB.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RewriteReport:
+    """What a rewrite did: how many nodes went, and which candidates it left alone and why."""
+
+    n_rewrites: int
+    skipped: tuple[tuple[str, str], ...] = ()
+    """``(node, reason)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphPass:
+    """A named rewrite of a graph, in place.
+
+    ``rewrite`` is idempotent: on its own result it rewrites nothing. ``original_feeds`` is set where
+    the pass changes the model's input: from the original model and feeds of the rewritten one it makes
+    the feeds of the original that mean the same.
+    """
+
+    name: str
+    rewrite: Callable[[ir.Model], RewriteReport]
+    tolerance: Tolerance = EXACT_ALGEBRA
+    original_feeds: Callable[[ir.Model, Feeds], Feeds] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One pass as it ran. The two measures are ``None`` where it changed nothing."""
+
+    name: str
+    n_rewrites: int
+    skipped: tuple[tuple[str, str], ...]
+    seconds: float
+    max_abs_error: float | None
+    sqnr_db: float | None
+    """``None`` also where the outputs are bit for bit the same."""
+
+
+class LeaveAlone(Exception):
+    """Raised inside a pass: a candidate stays as it is, and the message says why."""
