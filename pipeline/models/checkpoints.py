@@ -30,9 +30,6 @@ _WRAPPER_KEYS = (*_EMA_KEYS, "state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 """Of DataParallel and DistributedDataParallel, ``torch.compile``, and Lightning modules."""
 
-_COUNTERS = ("num_batches_tracked", "n_averaged")
-"""Training's bookkeeping, which no inference reads."""
-
 _N_LISTED = 20
 
 
@@ -126,8 +123,8 @@ def unwrap(checkpoint: Checkpoint, expected: Collection[str]) -> tuple[State, tu
         content = _to_mapping(checkpoint.path, content[key])
 
     state: State = dict(content)
-    for counter in [key for key in state if key.rpartition(".")[2] == "n_averaged" and key not in expected]:
-        del state[counter]
+    if "n_averaged" not in expected:
+        state.pop("n_averaged", None)  # the step counter of torch's AveragedModel
     prefixes = []
     while prefix := _foreign_prefix(state, expected):
         prefixes.append(prefix)
@@ -222,9 +219,7 @@ def load_state(
     """
     expected = module.state_dict()
     notes = []
-    surplus = (
-        sorted(key for key in state if key not in expected and key.startswith(dropped)) if dropped else []
-    )
+    surplus = sorted(key for key in state if key not in expected and key.startswith(dropped))
     if surplus:
         heads = sorted({key.split(".")[0] for key in surplus})
         notes.append(
@@ -232,7 +227,8 @@ def load_state(
         )
     used = {key: value for key, value in state.items() if key not in surplus}
 
-    missing = [key for key in expected if key not in used and not key.endswith(_COUNTERS)]
+    # Old files lack num_batches_tracked, a counter that only training reads.
+    missing = [key for key in expected if key not in used and not key.endswith("num_batches_tracked")]
     extra = [key for key in used if key not in expected]
     misshapen = [
         f"{key} (file {_shape(used[key])}, model {_shape(tensor)})"

@@ -1,0 +1,228 @@
+"""Where weights come from: a file, the public hub, a seed, or the networks bundled here.
+
+Weights are never guessed: every model says where its own came from, or the build is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.artifacts import PreprocessSpec
+from pipeline.errors import ModelSpecError, UnsupportedError, WeightsError
+
+__all__ = [
+    "BUNDLED_DIR",
+    "BundledWeights",
+    "ModelCard",
+    "PretrainedWeights",
+    "RandomWeights",
+    "WeightsFile",
+    "WeightsOption",
+    "bundled_tags",
+    "download",
+    "parse_weights",
+    "randomize",
+    "read_card",
+    "seeded",
+    "weights_required",
+]
+
+BUNDLED_DIR = Path(__file__).parent / "weights"
+"""``<network>.<tag>.safetensors`` and, beside it, its model card ``<network>.<tag>.json``."""
+
+_CHOICES = "FILE (safetensors, or a torch checkpoint), pretrained, or random:SEED (for benchmarks)"
+_N_STATISTICS_IMAGES = 4
+"""Batch that random batch-norm statistics come from; 1-d batch norm needs several images for a variance."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsFile:
+    """``--weights FILE``."""
+
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class PretrainedWeights:
+    """``--weights pretrained``."""
+
+
+@dataclass(frozen=True, slots=True)
+class RandomWeights:
+    """``--weights random:SEED``."""
+
+    seed: int
+
+
+WeightsOption = WeightsFile | PretrainedWeights | RandomWeights
+
+
+def parse_weights(text: str) -> WeightsOption:
+    """Reads the value of ``--weights``.
+
+    Raises:
+        WeightsError: no such file, or a seed that is not a non-negative integer.
+    """
+    if text == "pretrained":
+        return PretrainedWeights()
+    kind, colon, seed = text.partition(":")
+    if kind == "random":
+        if not colon or not seed.isdecimal():
+            raise WeightsError(f"weights {text!r}: random weights need a seed, as in random:0")
+        return RandomWeights(int(seed))
+    path = Path(text)
+    if not path.is_file():
+        raise WeightsError(f"weights {text!r}: no such file; --weights takes {_CHOICES}")
+    return WeightsFile(path)
+
+
+def weights_required(spec: str, tags: tuple[str, ...], has_public: bool) -> WeightsError:
+    """The error for a model whose weights nobody named."""
+    choices = ["--weights FILE"]
+    if has_public:
+        choices.append("--weights pretrained (the public ones)")
+    choices.append("--weights random:SEED (for benchmarks only)")
+    choices += [f"the bundled network {spec}.{tag}" for tag in tags]
+    return WeightsError(
+        f"{spec} has no weights of its own and none are guessed: give {', or '.join(choices)}"
+    )
+
+
+# --- bundled networks -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What must be known of bundled weights to run them; their card says more (data, recipe, accuracy)."""
+
+    input_size: int
+    num_classes: int
+    labels: tuple[str, ...]
+    preprocess: PreprocessSpec
+
+
+@dataclass(frozen=True, slots=True)
+class BundledWeights:
+    """Weights that ship with the package."""
+
+    path: Path
+    card: ModelCard
+
+
+def bundled_tags(network: str) -> tuple[str, ...]:
+    """The tags under which weights of `network` ship, sorted."""
+    prefix, suffix = f"{network}.", ".safetensors"
+    names = (path.name for path in BUNDLED_DIR.glob(f"{prefix}*{suffix}"))
+    return tuple(sorted(name.removeprefix(prefix).removesuffix(suffix) for name in names))
+
+
+def read_card(network: str, tag: str) -> BundledWeights:
+    """The bundled weights ``network.tag``.
+
+    Raises:
+        ModelSpecError: there are none of that tag; names those there are.
+        WeightsError: the card is missing or incomplete (a damaged installation).
+    """
+    tags = bundled_tags(network)
+    if tag not in tags:
+        known = ", ".join(f"{network}.{known}" for known in tags) or "none"
+        raise ModelSpecError(f"no bundled weights {network}.{tag}; bundled for this network: {known}")
+    path = BUNDLED_DIR / f"{network}.{tag}.safetensors"
+    card_path = path.with_suffix(".json")
+    try:
+        content = json.loads(card_path.read_text(encoding="utf-8"))
+        card = _validate_card(content)
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(
+            f"the model card {card_path} cannot be used: {error}; reinstall edgefold"
+        ) from error
+    if len(card.labels) != card.num_classes:
+        raise WeightsError(f"{card_path} has {len(card.labels)} labels for {card.num_classes} classes")
+    return BundledWeights(path, card)
+
+
+def _validate_card(content: Any) -> ModelCard:
+    from pydantic import TypeAdapter
+
+    # A plain dataclass ignores what else the card tells its reader.
+    return TypeAdapter(ModelCard).validate_python(content)
+
+
+# --- public weights ---------------------------------------------------------------------------------
+
+
+def download(what: str, fetch: Callable[[], T]) -> T:
+    """Runs `fetch`, a library's own hub client.
+
+    Raises:
+        UnsupportedError: the hub cannot be reached and its cache does not have the file.
+    """
+    try:
+        return fetch()
+    except Exception as error:  # hub clients raise the types of whichever HTTP library they have
+        reason = str(error).strip().splitlines()
+        raise UnsupportedError(
+            f"the public weights of {what} cannot be fetched ({type(error).__name__}: "
+            f"{reason[0] if reason else 'no message'}); fetch them on a machine with a network and give the "
+            "file with --weights FILE"
+        ) from error
+
+
+# --- random weights ---------------------------------------------------------------------------------
+
+
+def seeded(seed: int, build: Callable[[], T]) -> T:
+    """Runs `build` with torch's generator at `seed`, and puts the generator back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def randomize(module: nn.Module, seed: int, input_hw: tuple[int, int]) -> None:
+    """Gives a freshly built `module` batch norms that are worth folding, in place.
+
+    Untouched ones (weight 1, bias 0, mean 0, variance 1) are the identity: the exporter drops every
+    bias and activations shrink to nothing over the layers. Here weight and bias are drawn, and the
+    statistics are those of one seeded batch, so that every layer's output keeps its spread.
+
+    Args:
+        module: built under `seeded`, so that its other weights follow from the seed too.
+        seed: of the draws and of the batch.
+        input_hw: input size, pixels.
+    """
+    norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d)]
+    norms = [norm for norm in norms if norm.affine and norm.track_running_stats]
+    if not norms:
+        return
+    generator = torch.Generator().manual_seed(seed)
+    module.eval()
+    momentum = [norm.momentum for norm in norms]
+    with torch.no_grad():
+        for norm in norms:
+            norm.weight.uniform_(0.5, 1.5, generator=generator)
+            norm.bias.normal_(0.0, 0.2, generator=generator)
+            norm.momentum = 1.0  # the running statistics become the batch's
+            norm.train()
+        module(_noise_images(generator, input_hw))
+        for norm, original in zip(norms, momentum, strict=True):
+            norm.momentum = original
+            norm.eval()
+
+
+def _noise_images(generator: torch.Generator, input_hw: tuple[int, int]) -> Tensor:
+    """(4, 3, H, W) float32 of about unit variance: blotches and grain, so that pooling leaves a signal."""
+    height, width = input_hw
+    shape = (_N_STATISTICS_IMAGES, 3, max(1, height // 16), max(1, width // 16))
+    blotches = functional.interpolate(torch.randn(shape, generator=generator), size=input_hw, mode="bilinear")
+    grain = torch.randn((_N_STATISTICS_IMAGES, 3, height, width), generator=generator)
+    return blotches + 0.5 * grain
