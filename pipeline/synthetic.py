@@ -76,9 +76,10 @@ def _noise() -> NDArray[np.float32]:
 
 
 def _noise_slice(dice: _Dice, n: int) -> NDArray[np.float32]:
-    noise = _noise()
-    start = dice.below(max(1, _NOISE_LENGTH - n))
-    return noise[start : start + n] if n <= _NOISE_LENGTH else np.resize(noise, n)
+    if n > _NOISE_LENGTH:
+        return np.resize(np.roll(_noise(), dice.below(_NOISE_LENGTH)), n)
+    start = dice.below(_NOISE_LENGTH - n)
+    return _noise()[start : start + n]
 
 
 def _textured(dice: _Dice, size: tuple[int, int], cells: int, low: Color, high: Color) -> Image.Image:
