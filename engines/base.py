@@ -218,6 +218,9 @@ class CheckedRunner(ABC):
                     f"input {spec.name!r} has shape {list(array.shape)}, "
                     f"the engine takes [{', '.join(map(str, spec.shape))}]"
                 )
+            # Not left to the outputs: OpenVINO's ReLU turns NaN into 0, and a label comes out.
+            if array.dtype.kind == "f" and not np.isfinite(array).all():
+                raise EngineError(f"input {spec.name!r} holds NaN or Inf; check where the pixels come from")
             arrays.append(np.ascontiguousarray(array))
         return arrays
 
@@ -263,5 +266,5 @@ def portable_artifact(model: ModelArtifact, backend: str, fingerprint: Fingerpri
 def reason(error: BaseException) -> str:
     """An engine's message on one line, without the engine's own source locations."""
     lines = (line.strip() for line in str(error).splitlines())
-    kept = [line for line in lines if line and not line.startswith("Exception from ")]
+    kept = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
     return " ".join(kept)[:600] or type(error).__name__

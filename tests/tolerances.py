@@ -1,0 +1,15 @@
+"""Every numeric tolerance of the tests, with its reason."""
+
+NORMALIZED_PIXEL_ATOL = 1e-5
+"""Normalized pixels: `pixel * scale + shift` against `(pixel / 255 - mean) / std`, both in float32, where
+values reach 3 and one uint8 level is 0.017."""
+
+BILINEAR_LEVELS = 1.0
+"""Bilinear sampling in uint8 levels against torch's in float: Pillow truncates to a level."""
+
+ENGINE_FP32_ATOL = 1e-4
+"""Logits of the tiny fp32 model (about 5) against NumPy, both float32: the engines add in another order."""
+
+ENGINE_INT8_ATOL = 5e-3
+"""Logits of the tiny int8 model: an engine may round a value that lies on a step's edge the other way. One
+pixel of 144 by one step (4/255), times a head weight of about 3, is 3e-4; allow a dozen of them."""
