@@ -204,8 +204,8 @@ def check_budget(result: ValidationResult, max_drop_points: float) -> None:
     warning = interval_warning(result, max_drop_points)
     raise AccuracyGateError(
         f"top-1 falls by {total.drop_points:.2f} points from {total.before} to {total.after} (95% interval "
-        f"{total.interval_points.low:+.2f} to {total.interval_points.high:+.2f}, {result.n_images} images), "
-        f"past the budget of {max_drop_points:g}; nothing was published. Most of it comes from "
+        f"{total.interval_points.low:+.2f} to {total.interval_points.high:+.2f}, {result.n_images:,} images), "
+        f"past the budget of {max_drop_points:g}. Most of it comes from "
         f"{worst.part} ({worst.drop_points:+.2f}): {_REMEDIES.get(worst.part, _INT8_REMEDY)}"
         + (f" {warning}" if warning else "")
     )
@@ -227,7 +227,7 @@ def interval_warning(result: ValidationResult, max_drop_points: float) -> str | 
         return None
     needed = images_for_half_width(max_drop_points / 100, total.lost, total.gained, n)
     return (
-        f"{n} images measure the drop to ±{half_width:.2f} points, wider than the budget of "
+        f"{n:,} images measure the drop to ±{half_width:.2f} points, wider than the budget of "
         f"{max_drop_points:g}; about {_two_digits(needed)} images would narrow it to that."
     )
 

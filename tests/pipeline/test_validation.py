@@ -285,7 +285,7 @@ class TestBudget:
         message = str(caught.value)
         assert caught.value.exit_code == 3
         assert (
-            "falls by 0.60 points from stage 0 to stage 3 (95% interval +0.22 to +1.30, 1000 images)"
+            "falls by 0.60 points from stage 0 to stage 3 (95% interval +0.22 to +1.30, 1,000 images)"
             in message
         )
         assert "INT8 (+0.60)" in message

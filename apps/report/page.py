@@ -1,0 +1,162 @@
+"""The HTML report: one file that needs nothing else, to read on a screen, on a phone or on paper."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from apps.report import wording
+from apps.report.plots import class_plot, class_plot_text, drop_plot, drop_plot_text, range_plot
+from pipeline.artifacts import CalibrationTable
+from pipeline.errors import EdgefoldError
+from pipeline.validation_result import ClassChange, ValidationResult
+
+if TYPE_CHECKING:
+    from pipeline.manifest import Manifest
+
+__all__ = ["LatencyRow", "render_report"]
+
+_MAX_PLOTTED_CLASSES = 16
+_MAX_CLASS_ROWS = 200
+_WIDEST_RANGES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyRow:
+    """One measured engine."""
+
+    engine: str
+    precision: str
+    batch: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    images_per_s: float
+
+
+def render_report(
+    path: Path,
+    *,
+    validation: ValidationResult | None,
+    title: str | None = None,
+    max_drop_points: float | None = None,
+    manifest: Manifest | None = None,
+    calibration: CalibrationTable | None = None,
+    latency: Sequence[LatencyRow] = (),
+    commands: Sequence[str] = (),
+) -> None:
+    """Write the report; what is not given has no section.
+
+    Args:
+        path: the file; replaced in one step, or untouched.
+        validation: what was measured, ``None`` where the engine was not validated.
+        title: by default the bundle's name.
+        max_drop_points: the accuracy budget, in points of top-1.
+        manifest: of the bundle: digests, versions, stages, and what folding did.
+        calibration: the ranges.
+        latency: measured engines, best compared side by side.
+        commands: what was typed.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+        EdgefoldError: the file cannot be written.
+    """
+    # Only who writes a report pays for the template engine.
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("apps", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        percent=wording.percent, points=wording.points, sqnr=wording.sqnr, p_value=wording.p_value
+    )
+    html = environment.get_template("report.html.j2").render(
+        title=title or (manifest.name if manifest else "Validation"),
+        v=validation,
+        verdict=wording.verdict(validation, max_drop_points) if validation else None,
+        max_drop_points=max_drop_points,
+        manifest=manifest,
+        calibration=calibration,
+        latency=latency,
+        commands=commands,
+        **_validation_parts(validation, max_drop_points),
+        **_calibration_parts(calibration),
+        **_fold_parts(manifest),
+    )
+    _write_atomically(path, html.encode())
+
+
+def _validation_parts(v: ValidationResult | None, max_drop_points: float | None) -> dict[str, Any]:
+    if v is None:
+        return {}
+    # With one step only, the total is that step.
+    drops = [*v.drops, v.total] if len(v.drops) > 1 else [v.total]
+    plotted = _most_changed(v.classes)
+    return {
+        "drop_svg": drop_plot(drops, max_drop_points),
+        "drop_text": drop_plot_text(drops),
+        "class_svg": class_plot(plotted) if plotted else None,
+        "class_text": class_plot_text(plotted),
+        "n_plotted": len(plotted),
+        "class_rows": sorted(v.classes, key=lambda c: c.after_accuracy - c.before_accuracy)[:_MAX_CLASS_ROWS],
+        "n_changed_wrong": v.n_flips - v.total.lost - v.total.gained,
+        "thumbnails": [base64.b64encode(flip.thumbnail_jpeg or b"").decode() for flip in v.flips],
+    }
+
+
+def _calibration_parts(table: CalibrationTable | None) -> dict[str, Any]:
+    if table is None:
+        return {}
+    widest = sorted(table.ranges.items(), key=lambda item: item[1].low - item[1].high)[:_WIDEST_RANGES]
+    return {"range_svg": range_plot(table.ranges) if table.ranges else None, "widest_ranges": widest}
+
+
+def _most_changed(classes: Sequence[ClassChange]) -> list[ClassChange]:
+    """Few classes: all, in their order. Many: those that changed most, the losses first."""
+    if len(classes) <= _MAX_PLOTTED_CLASSES:
+        return list(classes)
+    changed = [c for c in classes if c.before_correct != c.after_correct]
+    changed.sort(key=lambda c: -abs(c.after_accuracy - c.before_accuracy))
+    return sorted(changed[:_MAX_PLOTTED_CLASSES], key=lambda c: c.after_accuracy - c.before_accuracy)
+
+
+def _fold_parts(manifest: Manifest | None) -> dict[str, Any]:
+    """What the build's ``fold`` stage recorded: op counts before and after, and its passes."""
+    stages = manifest.stages if manifest else ()
+    checks = next((stage.checks for stage in stages if stage.stage == "fold"), None)
+    if checks is None:
+        return {"fold": None, "ops": []}
+    before, after = checks["before"]["op_counts"], checks["after"]["op_counts"]
+    rows = [(op, before.get(op, 0), after.get(op, 0)) for op in {*before, *after}]
+    rows.sort(key=lambda row: (row[1] == row[2], -max(row[1:]), row[0]))  # what changed first
+    return {"fold": checks, "ops": rows}
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary: Path | None = None
+    try:
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        temporary = Path(name)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)  # mkstemp keeps it private; a report is for others too
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        raise EdgefoldError(
+            f"cannot write the report {str(path)!r}: {error.strerror or error}; give another --report"
+        ) from error

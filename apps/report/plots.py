@@ -1,0 +1,181 @@
+"""The report's plots, as inline SVG that follows the page's colours.
+
+matplotlib writes fixed colours. It is given one stand-in for each role, which is then replaced by
+the page's CSS variable, so that the plots turn dark with the page. Figures are narrow: a page
+scales them up a little on a desktop, and down a little on a phone, and the text stays legible.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from apps.report.wording import percent, points
+from pipeline.artifacts import TensorRange
+from pipeline.errors import UnsupportedError
+from pipeline.validation_result import ClassChange, Drop
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["class_plot", "class_plot_text", "drop_plot", "drop_plot_text", "range_plot"]
+
+_INK, _MUTED, _GRID, _CARD = "#010101", "#020202", "#030303", "#040404"
+_ACCENT, _GOOD, _BAD = "#050505", "#060606", "#070707"
+_CSS_VARIABLE = {
+    _INK: "var(--ink)",
+    _MUTED: "var(--muted)",
+    _GRID: "var(--grid)",
+    _CARD: "var(--card)",
+    _ACCENT: "var(--accent)",
+    _GOOD: "var(--good)",
+    _BAD: "var(--bad)",
+}
+_WIDTH_IN = 4.2
+_ROW_IN = 0.34
+_FONT_PT = 9.0
+_MAX_LABEL_CHARS = 22
+
+
+def drop_plot(drops: Sequence[Drop], max_drop_points: float | None) -> str:
+    """Forest plot: each drop with its 95% interval around the line of no change."""
+
+    def draw(axes: Axes) -> None:
+        for row, drop in enumerate(drops):
+            low, high = drop.interval_points.low, drop.interval_points.high
+            bold = drop.part == "total"
+            color = _BAD if low > 0 else _GOOD if high < 0 else _ACCENT
+            axes.plot(
+                [low, high], [row, row], color=color, linewidth=4 if bold else 2, solid_capstyle="round"
+            )
+            axes.plot(drop.drop_points, row, "D" if bold else "o", color=color, markersize=7 if bold else 6)
+            axes.annotate(
+                points(drop.drop_points),
+                (max(high, drop.drop_points), row),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                color=_INK,
+                weight="bold" if bold else "normal",
+            )
+        axes.axvline(0, color=_MUTED, linewidth=1)
+        if max_drop_points is not None:
+            axes.axvline(max_drop_points, color=_BAD, linewidth=1.2, linestyle=(0, (4, 3)))
+            axes.annotate(
+                f"budget {max_drop_points:g}",
+                (max_drop_points, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 2),
+                textcoords="offset points",
+                ha="center",
+                color=_BAD,
+            )
+        axes.set_yticks(range(len(drops)), [drop.part for drop in drops])
+        axes.set_ylim(len(drops) - 0.4, -0.6)
+        axes.margins(x=0.14)
+        axes.set_xlabel("points of top-1 lost (right: worse), with 95% interval")
+
+    return _svg("drop", len(drops), draw)
+
+
+def class_plot(classes: Sequence[ClassChange]) -> str:
+    """Accuracy of each class before and after, joined by a line coloured by its direction."""
+
+    def draw(axes: Axes) -> None:
+        for row, item in enumerate(classes):
+            before, after = 100 * item.before_accuracy, 100 * item.after_accuracy
+            color = _BAD if after < before else _GOOD if after > before else _MUTED
+            axes.plot([before, after], [row, row], color=color, linewidth=2.5, solid_capstyle="round")
+            axes.plot(before, row, "o", markerfacecolor=_CARD, markeredgecolor=_INK, markersize=6.5)
+            axes.plot(after, row, "o", color=color, markersize=5 if before != after else 3)
+        axes.set_yticks(range(len(classes)), [_short(item.label) for item in classes])
+        axes.set_ylim(len(classes) - 0.4, -0.6)
+        axes.margins(x=0.06)
+        axes.set_xlabel("accuracy of the class in % (ring: before, dot: after)")
+
+    return _svg("classes", len(classes), draw)
+
+
+def range_plot(ranges: Mapping[str, TensorRange]) -> str:
+    """Calibrated range of every activation, in the table's order; logarithmic away from 0."""
+
+    def draw(axes: Axes) -> None:
+        lows, highs = [r.low for r in ranges.values()], [r.high for r in ranges.values()]
+        axes.fill_between(range(len(ranges)), lows, highs, color=_ACCENT, alpha=0.45, linewidth=0, step="mid")
+        axes.axhline(0, color=_MUTED, linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(-0.5, max(0.5, len(ranges) - 0.5))
+        axes.grid(axis="y", color=_GRID, linewidth=0.6)
+        axes.set_xlabel("activation tensor, in graph order")
+        axes.set_ylabel("value")
+
+    return _svg("ranges", 5, draw)
+
+
+def drop_plot_text(drops: Sequence[Drop]) -> str:
+    """What `drop_plot` shows, for those who do not see it."""
+    return "; ".join(
+        f"{d.part} {points(d.drop_points)} points "
+        f"({points(d.interval_points.low)} to {points(d.interval_points.high)})"
+        for d in drops
+    )
+
+
+def class_plot_text(classes: Sequence[ClassChange]) -> str:
+    """What `class_plot` shows, for those who do not see it."""
+    return "; ".join(
+        f"{c.label} {percent(c.before_accuracy)} to {percent(c.after_accuracy)}" for c in classes
+    )
+
+
+def _svg(name: str, rows: int, draw: Callable[[Axes], None]) -> str:
+    """What `draw` draws, as an SVG element; `name` keeps its ids apart from those of other plots."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UnsupportedError(
+            "the HTML report needs matplotlib for its plots: pip install 'edgefold[report]'"
+        ) from error
+    settings: dict[Any, Any] = {
+        "font.size": _FONT_PT,
+        "svg.fonttype": "none",  # text stays text: selectable, and in the page's font
+        "svg.hashsalt": name,  # the same bytes for the same result
+        "text.parse_math": False,  # class names may hold dollar signs
+    }
+    buffer = io.StringIO()
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A glyph that matplotlib's font lacks is still drawn by the browser's.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = Figure(figsize=(_WIDTH_IN, 0.75 + _ROW_IN * max(rows, 2)), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_facecolor("none")
+        axes.set_axisbelow(True)
+        axes.grid(axis="x", color=_GRID, linewidth=0.6)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_color(_GRID)
+        axes.tick_params(colors=_INK, length=0)
+        axes.xaxis.label.set_color(_MUTED)
+        axes.yaxis.label.set_color(_MUTED)
+        draw(axes)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)  # implied within HTML
+    head, rest = svg.split(">", 1)
+    head = re.sub(r'\s(width|height|version)="[^"]*"', "", head)  # viewBox alone: it scales with the page
+    rest = re.sub(r'<g id="[^"]*"', "<g", rest)  # two plots would have the same ones
+    rest = re.sub(r"'DejaVu Sans'[^;\"]*", "var(--font)", rest)
+    for stand_in, variable in _CSS_VARIABLE.items():
+        rest = rest.replace(stand_in, variable)
+    return f'{head} aria-hidden="true" focusable="false">{rest}'
+
+
+def _short(label: str) -> str:
+    printable = "".join(c if c.isprintable() else "?" for c in label)
+    return printable if len(printable) <= _MAX_LABEL_CHARS else printable[: _MAX_LABEL_CHARS - 1] + "…"

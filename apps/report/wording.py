@@ -1,0 +1,94 @@
+"""What a validation result means, in words that need no statistics to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pipeline.validation_result import ValidationResult, interval_warning
+
+__all__ = ["Verdict", "p_value", "percent", "points", "sqnr", "verdict"]
+
+_NOTICEABLE_POINTS = 1.0
+"""Without a budget: what most users of a classifier would notice, and call a loss."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A headline, and the sentences that back it."""
+
+    level: Literal["good", "unsure", "bad"]
+    headline: str
+    sentences: tuple[str, ...]
+
+
+def verdict(result: ValidationResult, max_drop_points: float | None = None) -> Verdict:
+    """Judge the total drop, against a budget where there is one.
+
+    Args:
+        result: what was measured.
+        max_drop_points: the budget in points of top-1.
+    """
+    total, before, after = result.total, result.stages[0], result.stages[-1]
+    low, high = total.interval_points.low, total.interval_points.high
+    by_chance = low <= 0 <= high
+    sentences = [
+        f"On {result.n_images:,} images, {before.name} gets {percent(before.top1)} right and {after.name} "
+        f"{percent(after.top1)}: {total.lost:,} lost, {total.gained:,} gained, "
+        f"{_change(total.drop_points)}.",
+        f"With 95% confidence the true drop lies between {points(low)} and {points(high)} points. "
+        + (
+            "So small a difference can be chance alone"
+            if by_chance
+            else "Chance alone hardly makes such a difference"
+        )
+        + f" (McNemar p = {p_value(total.mcnemar_p)}).",
+    ]
+    if max_drop_points is not None:
+        warning = interval_warning(result, max_drop_points)
+        sentences += [warning] if warning else []
+        if total.drop_points > max_drop_points + 1e-9:
+            headline = f"Past the budget: {total.drop_points:.2f} points lost, {max_drop_points:g} allowed"
+            return Verdict("bad", headline, tuple(sentences))
+        headline = f"Within the budget of {max_drop_points:g} points" + (
+            ", but on too few images to be sure" if warning else ""
+        )
+        return Verdict("unsure" if warning else "good", headline, tuple(sentences))
+    if low > 0:
+        headline = f"{after.name} costs accuracy: {total.drop_points:.2f} points of top-1"
+        return Verdict(
+            "bad" if total.drop_points > _NOTICEABLE_POINTS else "unsure", headline, tuple(sentences)
+        )
+    if high < 0:
+        return Verdict("good", f"No loss: {after.name} is the more accurate here", tuple(sentences))
+    if high <= _NOTICEABLE_POINTS:
+        return Verdict("good", f"{after.name} keeps the accuracy", tuple(sentences))
+    headline = f"No loss shown, but {result.n_images:,} images cannot rule out {high:.1f} points"
+    return Verdict("unsure", headline, tuple(sentences))
+
+
+def percent(fraction: float) -> str:
+    """``94.15%``."""
+    return f"{100 * fraction:.2f}%"
+
+
+def points(value: float) -> str:
+    """``+0.25``, ``−0.10``, ``0.00``: a drop, with its sign."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+
+
+def sqnr(value_db: float | None) -> str:
+    """``18.3 dB``; identical logits have an infinite ratio."""
+    return "identical" if value_db is None else f"{value_db:.1f} dB"
+
+
+def p_value(p: float) -> str:
+    """Two digits, and no string of zeros."""
+    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+
+
+def _change(drop_points: float) -> str:
+    if drop_points == 0:
+        return "no change in top-1"
+    return f"a {'drop' if drop_points > 0 else 'gain'} of {abs(drop_points):.2f} points"
