@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ __all__ = ["NpzDataset", "open_npz"]
 # What zipfile and NumPy raise on a damaged, encrypted or foreign archive.
 _READ_FAULTS = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 _MAX_HEADER_BYTES = 1 << 16
+_MAX_DEFLATE_RATIO = 1032  # zlib's technical notes
 
 
 class NpzDataset:
@@ -62,7 +64,7 @@ class NpzDataset:
             yield Sample(image, label, str(index))
 
     def _read(self) -> Iterator[tuple[int, bytes]]:
-        size_bytes = int(np.prod(self._image_shape))
+        size_bytes = math.prod(self._image_shape)
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as stream:
                 _read_header(stream)
@@ -114,6 +116,10 @@ def _image_array_shape(archive: zipfile.ZipFile, path: Path) -> tuple[int, ...]:
             f"`images` in {str(path)!r} is {dtype} of shape {shape}{order}; it must be uint8, N×H×W×3, "
             "in C order"
         )
+    # The header and the directory may both lie, but deflate shrinks nothing further than this.
+    held_bytes = min(archive.getinfo("images.npy").file_size, path.stat().st_size * _MAX_DEFLATE_RATIO)
+    if held_bytes < math.prod(shape):
+        raise DataError(f"`images` in {str(path)!r} is shorter than its header says: {shape}; write it again")
     return shape
 
 

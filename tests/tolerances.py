@@ -13,3 +13,15 @@ ENGINE_FP32_ATOL = 1e-4
 ENGINE_INT8_ATOL = 5e-3
 """Logits of the tiny int8 model: an engine may round a value that lies on a step's edge the other way. One
 pixel of 144 by one step (4/255), times a head weight of about 3, is 3e-4; allow a dozen of them."""
+
+SAME_NETWORK_RTOL = 1e-5
+"""Logits of two implementations of one network on the same weights, relative to the largest: the same float32
+operations, but a sum of products may be taken in another order."""
+
+REFERENCE_TRANSFORM_ATOL = 1e-5
+"""Network input from `pipeline.preprocess` against the library's own transform: the same pixels, normalized
+in float32 in another order of operations."""
+
+FOLDED_RELATIVE = 2e-5
+"""A folded tiny graph against the original, both in ONNX's reference evaluator in float32: largest error over
+largest output. Weights are rounded to float32 once (6e-8); a few hundred products of size one sum it up."""
