@@ -56,7 +56,9 @@ class ScaledResidual(nn.Module):
     scale (0.1 to 0.3 in the paper) keeps training stable and is folded into ``up`` for inference.
     """
 
-    def __init__(self, mix: nn.Module, mixed_channels: int, channels: int, scale: float, relu: bool = True) -> None:
+    def __init__(
+        self, mix: nn.Module, mixed_channels: int, channels: int, scale: float, relu: bool = True
+    ) -> None:
         super().__init__()
         self.mix = mix
         self.up = nn.Conv2d(mixed_channels, channels, 1)

@@ -1,0 +1,40 @@
+# make demo   the main job: PyTorch -> INT8 engine -> accuracy drop -> ten seconds of stream -> report.html
+# make test   the tests
+# make check  format, lint, types, layers: what .ci/run runs besides the tests
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test test-slow check format schema clean
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("edgefold needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -e '.[build,opencv,onnxruntime,dev]'
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/edgefold demo --out out/demo
+
+test: $(INSTALLED)
+	$(BIN)/pytest -m "not slow and not gpu and not network"
+
+test-slow: $(INSTALLED)
+	$(BIN)/pytest -m "slow"
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

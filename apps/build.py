@@ -1,0 +1,117 @@
+"""``edgefold build`` (and ``build-engine``): from a model to a bundle, in one command."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["build_command"]
+
+
+class _Precision(str, Enum):
+    int8 = "int8"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class _Calibrator(str, Enum):
+    minmax = "minmax"
+    percentile = "percentile"
+    entropy = "entropy"
+    mse = "mse"
+
+
+def build_command(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="inception_resnet_lite.signs, inception_v3, …, timm:NAME, torchvision:NAME, "
+            "path/to/model.py:factory, or a file.onnx.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle.", show_default=False)],
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="DATA to calibrate on, without labels if need be: an image folder, a folder with labels.csv, "
+            "an .npz, a video, or synthetic:SEED[:COUNT]. Needed for int8.",
+            show_default=False,
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            help="FILE (safetensors or checkpoint), pretrained, or random:SEED.", show_default=False
+        ),
+    ] = None,
+    evaluate: Annotated[
+        str | None,
+        typer.Option(
+            "--eval", help="Labelled DATA to judge the engine on against FP32 PyTorch.", show_default=False
+        ),
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Refuse to publish if top-1 falls by more points than this (exit 3).",
+            show_default=False,
+        ),
+    ] = None,
+    target: Annotated[str, typer.Option(help="What it is for; see docs/engines.md.")] = "cpu",
+    precision: Annotated[_Precision, typer.Option(help="Of the engine.")] = _Precision.int8,
+    calibrator: Annotated[_Calibrator, typer.Option(help="How ranges are chosen.")] = _Calibrator.percentile,
+    calib_limit: Annotated[int, typer.Option(min=1, help="At most this many images of --calib.")] = 128,
+    eval_limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many images of --eval.", show_default=False)
+    ] = None,
+    input_size: Annotated[
+        int | None, typer.Option(min=8, help="Side of the input, instead of the model's.", show_default=False)
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Where the weights do not tell.", show_default=False)
+    ] = None,
+    labels: Annotated[
+        Path | None,
+        typer.Option(help="Class names by index: one a line, or a JSON list.", show_default=False),
+    ] = None,
+    preprocess: Annotated[
+        Path | None, typer.Option(help="PreprocessSpec as JSON, instead of the model's.", show_default=False)
+    ] = None,
+    engine: Annotated[str, typer.Option(help="What runs it: openvino or onnxruntime.")] = "openvino",
+    overwrite: Annotated[bool, typer.Option(help="Replace the bundle that is at --out.")] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Export, fold, calibrate, compile and judge a model: one bundle, or an error and nothing."""
+    from apps.building import BuildRequest, build, print_build
+    from apps.console import print_json, progress_display
+
+    request = BuildRequest(
+        model=model,
+        out=out,
+        calib=calib,
+        weights=weights,
+        eval_data=evaluate,
+        max_drop_points=max_drop,
+        target=target,
+        precision=precision.value,
+        calibrator=calibrator.value,
+        calib_limit=calib_limit,
+        eval_limit=eval_limit,
+        input_size=input_size,
+        num_classes=num_classes,
+        labels=labels,
+        preprocess=preprocess,
+        engine=engine,
+        overwrite=overwrite,
+    )
+    with progress_display() as progress:
+        outcome = build(request, progress)
+    if json_output:
+        print_json(outcome.to_json())
+    else:
+        print_build(outcome)

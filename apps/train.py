@@ -1,0 +1,137 @@
+"""``edgefold train``: train one of the built-in networks on labelled images."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from apps.console import console, progress_display
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+__all__ = ["train_command"]
+
+
+def train_command(
+    model: Annotated[str, typer.Argument(help="A built-in network: inception_resnet_lite, inception_v3, …")],
+    data: Annotated[str, typer.Option(help="Labelled DATA to train on (see `edgefold build --help`).")],
+    out: Annotated[Path, typer.Option(help="Directory for checkpoint, weights and model card.")],
+    recipe: Annotated[
+        str, typer.Option(help="modern, or paper (RMSProp as in arXiv 1512.00567).")
+    ] = "modern",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=1e-6, help="Peak learning rate instead of the recipe's.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Instead of the recipe's.")] = None,
+    input_size: Annotated[int, typer.Option(min=8, help="Side of the network's input in pixels.")] = 96,
+    width: Annotated[
+        float, typer.Option(min=0.25, max=4.0, help="Width multiplier (inception_resnet_lite).")
+    ] = 1.0,
+    preprocess: Annotated[Path | None, typer.Option(help="PreprocessSpec as JSON.")] = None,
+    holdout: Annotated[
+        int, typer.Option(min=0, help="Images kept from training to watch the accuracy on.")
+    ] = 2000,
+    flip: Annotated[bool, typer.Option(help="Mirror images; off where a mirror changes the class.")] = True,
+    shift: Annotated[int, typer.Option(min=0, help="Translate by up to this many pixels.")] = 4,
+    cutout: Annotated[int, typer.Option(min=0, help="Side of the square blanked out, in pixels.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the initial weights, the order and the augmentation.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    bf16: Annotated[
+        bool, typer.Option(help="bfloat16 arithmetic: several times faster on CPUs with AMX.")
+    ] = False,
+    compile_: Annotated[
+        bool, typer.Option("--compile", help="torch.compile: minutes to start, faster after.")
+    ] = False,
+) -> None:
+    """Train a built-in network; interrupt at will, the same command goes on from the last epoch."""
+    import torch
+
+    from pipeline.artifacts import PreprocessSpec
+    from pipeline.datasets import open_dataset
+    from pipeline.models.registry import make_model
+    from pipeline.models.resolve import read_preprocess
+    from pipeline.training.loop import EpochResult, TrainingRun, train
+    from pipeline.training.pixels import Augmentation, materialize, split
+    from pipeline.training.recipes import recipe_named
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = recipe_named(recipe)
+    chosen = dataclasses.replace(
+        chosen,
+        epochs=epochs or chosen.epochs,
+        peak_lr=lr or chosen.peak_lr,
+        batch_size=batch_size or chosen.batch_size,
+    )
+    spec = read_preprocess(preprocess) if preprocess else PreprocessSpec((input_size, input_size))
+    dataset = open_dataset(data)
+    options = {"width": width} if model == "inception_resnet_lite" else {}
+    torch.manual_seed(seed)
+    with progress_display() as progress:
+        table = materialize(dataset, spec, out / "pixels", progress)
+        network = make_model(
+            model, num_classes=len(table.class_names), input_size=spec.input_hw[0], **options
+        )
+        train_indices, held_indices = split(table.labels, holdout, seed)
+        run = TrainingRun(chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_)
+        results: list[EpochResult] = []
+
+        def report(result: EpochResult) -> None:
+            results.append(result)
+            console.print(
+                f"epoch {result.epoch:3d}/{chosen.epochs}  loss {result.loss:.4f}  "
+                f"held-out top-1 {result.top1:.2f}%  {result.seconds:.0f} s"
+            )
+
+        state = train(
+            network,
+            table,
+            train_indices,
+            held_indices,
+            run,
+            out / "checkpoint.pt",
+            progress=progress,
+            on_epoch=report,
+        )
+    card = {
+        "model": model,
+        "width": width,
+        "input_size": spec.input_hw[0],
+        "num_classes": len(table.class_names),
+        "labels": list(table.class_names),
+        "preprocess": dataclasses.asdict(spec),
+        "data": {
+            "name": dataset.name,
+            "sha256": dataset.sha256,
+            "train": len(train_indices),
+            "held": len(held_indices),
+        },
+        "recipe": dataclasses.asdict(chosen),
+        "augmentation": {"flip": flip, "shift_px": shift, "cutout_px": cutout},
+        "seed": seed,
+        "command": shlex.join(["edgefold", *sys.argv[1:]]),
+        "held_out_top1_percent": results[-1].top1 if results else None,
+    }
+    _write(out, state, card)
+    console.print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
+
+
+def _write(out: Path, state: dict[str, Tensor], card: dict[str, object]) -> None:
+    """Weights with half-precision kernels (norms stay float32: their range is wider), and the card."""
+    import torch
+    from safetensors.torch import save_file
+
+    small = {
+        k: (v.half() if v.ndim > 1 else v).contiguous() for k, v in state.items() if v.dtype != torch.int64
+    }
+    save_file(small, out / "weights.safetensors")
+    (out / "card.json").write_text(json.dumps(card, indent=2) + "\n")
