@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
+from rich.markup import escape
+from rich.table import Table
 
+from apps.cache import cache_dir
+from apps.console import console, print_json
 from apps.streaming.display import choose_display
 from apps.streaming.session import StreamSummary, run_stream
+from pipeline.errors import DeviceFaultError
 
 __all__ = ["StreamSummary", "print_summary", "run_stream", "stream_command"]
 
@@ -80,34 +89,35 @@ def stream_command(
     ] = False,
 ) -> None:
     """Classify a stream of frames until it ends, or until Ctrl-C or SIGTERM."""
-    summary = run_stream(
-        bundle,
-        source,
-        record=record,
-        predictions=predictions,
-        headless=headless,
-        policy=None if policy is None else policy.value,
-        max_seconds=max_seconds,
-        max_frames=max_frames,
-        engine=engine.value,
-        precision=None if precision is None else precision.value,
-        fps=fps,
-        display=choose_display(f"{bundle.name} · {source}", json_output),
-    )
+    try:
+        summary = run_stream(
+            bundle,
+            source,
+            record=record,
+            predictions=predictions,
+            headless=headless,
+            policy=None if policy is None else policy.value,
+            max_seconds=max_seconds,
+            max_frames=max_frames,
+            engine=engine.value,
+            precision=None if precision is None else precision.value,
+            fps=fps,
+            cache_dir=cache_dir("engines"),
+            display=choose_display(f"{bundle.name} · {source}", json_output),
+        )
+    except DeviceFaultError as error:
+        # A device that hangs holds threads that never end, and a normal exit would wait for them.
+        console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        sys.stdout.flush()
+        os._exit(error.exit_code)
     if json_output:
-        typer.echo(json.dumps(summary.to_json(), indent=2))
+        print_json(json.dumps(summary.to_json(), indent=2))
     else:
         print_summary(summary)
 
 
 def print_summary(summary: StreamSummary) -> None:
     """The summary for a person: what was seen, how fast, how right, and what was lost."""
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    console = Console(highlight=False, soft_wrap=True)
     table = Table(title="Latency by stage, ms", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("stage")
     for percentile in ("p50", "p95", "p99", "max"):
@@ -115,22 +125,23 @@ def print_summary(summary: StreamSummary) -> None:
     for stage, latency in summary.latency.items():
         figures = (latency.p50_ms, latency.p95_ms, latency.p99_ms, latency.max_ms)
         table.add_row(stage, *(f"{value:.2f}" if latency.count else "–" for value in figures))
-    console.print(table)
-    console.print(
+    say = functools.partial(console.print, soft_wrap=True)
+    say(table)
+    say(
         f"{summary.frames_inferred} frames of {escape(summary.source)} in {summary.seconds:.1f} s: "
         f"[bold]{summary.fps:.1f} FPS[/bold] "
         f"({summary.precision} on {summary.engine}, policy {summary.policy}); ended by {summary.ended}"
     )
     dropped = ", ".join(f"{count} ({reason})" for reason, count in summary.dropped.items()) or "none"
-    console.print(f"dropped: {dropped} of {summary.frames_read} read")
+    say(f"dropped: {dropped} of {summary.frames_read} read")
     if summary.top1 is not None:
-        console.print(
+        say(
             f"top-1 through the stream: [bold]{100 * summary.top1:.2f}%[/bold] "
             f"({summary.correct} of {summary.labelled} labelled frames)"
         )
     if summary.recording is not None:
-        console.print(f"recording: {summary.recording}", markup=False)
+        say(f"recording: {summary.recording}", markup=False)
     if summary.predictions is not None:
-        console.print(f"predictions: {summary.predictions}", markup=False)
+        say(f"predictions: {summary.predictions}", markup=False)
     for note in summary.notes:
-        console.print(f"note: {note}", markup=False, style="yellow")
+        say(f"note: {note}", markup=False, style="yellow")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
+from rich.markup import escape
+
+from apps.console import console
 from apps.streaming.metrics import MetricsSnapshot, StreamMetrics
 from apps.streaming.predictions import Prediction
 
@@ -41,8 +43,7 @@ class StreamDisplay:
 class PlainDisplay(StreamDisplay):
     """A line a second, for logs and pipes."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream or sys.stdout
+    def __init__(self) -> None:
         self._due_s = time.monotonic() + _PLAIN_PERIOD_S
 
     def update(self, metrics: StreamMetrics, prediction: Prediction | None) -> None:
@@ -51,7 +52,7 @@ class PlainDisplay(StreamDisplay):
         if now_s < self._due_s:
             return
         self._due_s = now_s + _PLAIN_PERIOD_S
-        print(plain_line(metrics.snapshot(), prediction), file=self._stream, flush=True)
+        console.print(plain_line(metrics.snapshot(), prediction), markup=False, soft_wrap=True)
 
 
 class LiveDisplay(StreamDisplay):
@@ -60,8 +61,8 @@ class LiveDisplay(StreamDisplay):
     def __init__(self, title: str) -> None:
         from rich.live import Live
 
-        self._title = title
-        self._live = Live(auto_refresh=False, transient=True)
+        self._title = escape(title)
+        self._live = Live(console=console, auto_refresh=False, transient=True)
         self._due_s = 0.0
 
     def __enter__(self) -> LiveDisplay:
@@ -86,10 +87,10 @@ class LiveDisplay(StreamDisplay):
 
 
 def choose_display(title: str, as_json: bool) -> StreamDisplay:
-    """Nothing beside JSON; a live table on a terminal; lines anywhere else."""
-    if as_json:
-        return StreamDisplay()
-    return LiveDisplay(title) if sys.stdout.isatty() else PlainDisplay()
+    """A live table on a terminal; elsewhere nothing beside JSON, and lines without it."""
+    if console.is_terminal:
+        return LiveDisplay(title)
+    return StreamDisplay() if as_json else PlainDisplay()
 
 
 def plain_line(metrics: MetricsSnapshot, prediction: Prediction | None) -> str:

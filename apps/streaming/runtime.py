@@ -48,8 +48,6 @@ TIME_LIMIT = "time limit"
 
 _EVERY_CAPACITY = 4
 _POLL_S = 0.1
-_SOURCE_STALL_S = 10.0
-_ENGINE_STALL_S = 60.0
 _DRAIN_S = 2.0
 _JOIN_S = 1.0
 _NO_IMAGE_PAUSE_S = 0.01
@@ -82,6 +80,7 @@ class StreamRuntime:
         max_frames: infer this many, then end.
         max_seconds: end after this time.
         source_stall_s: a source that delivers nothing usable for so long has failed.
+        engine_stall_s: an engine that has not answered for so long has failed.
     """
 
     def __init__(
@@ -96,7 +95,8 @@ class StreamRuntime:
         pace_fps: float | None = None,
         max_frames: int | None = None,
         max_seconds: float | None = None,
-        source_stall_s: float = _SOURCE_STALL_S,
+        source_stall_s: float = 10.0,
+        engine_stall_s: float = 60.0,
     ) -> None:
         self._source = source
         self._runner = runner
@@ -107,6 +107,7 @@ class StreamRuntime:
         self._max_frames = max_frames
         self._max_seconds = max_seconds
         self._source_stall_s = source_stall_s
+        self._engine_stall_s = engine_stall_s
         self._frames: StageQueue[Frame] = StageQueue(
             1 if policy == "newest" else _EVERY_CAPACITY,
             policy,
@@ -125,6 +126,10 @@ class StreamRuntime:
         self._prepare_thread = self._thread(self._prepare_loop)
         self._abandoned = threading.Event()
         self._drain_deadline_s: float | None = None
+        self._slowest_s = 0.0
+        self._given_up: list[Future[Outputs]] = []
+        self.engine_stuck = False
+        """Set by `run` when a request was never answered; the engine cannot be closed then."""
 
     def request_stop(self, reason: str) -> None:
         """Asks `run` to end soon. Takes no lock, so a signal handler may call it."""
@@ -178,7 +183,7 @@ class StreamRuntime:
             on_tick()
             if self._max_seconds is not None and time.monotonic() - started_s >= self._max_seconds:
                 self.request_stop(TIME_LIMIT)
-            if self._stop_reason is not None and not self._stop.is_set():
+            if self._stop_reason is not None and self._drain_deadline_s is None:
                 self._stop_feeding()
             self._check_source()
             if self._drain_deadline_s is not None and time.monotonic() >= self._drain_deadline_s:
@@ -204,15 +209,17 @@ class StreamRuntime:
                 raise
             except Exception as error:
                 raise EngineError(f"the engine failed on frame {item.frame.index}: {error}") from error
-            if self._stop_reason is not None and not self._stop.is_set():
+            if self._stop_reason is not None and self._drain_deadline_s is None:
                 self._stop_feeding()
             if self._drain_deadline_s is not None and time.monotonic() >= self._drain_deadline_s:
                 self._metrics.frame_dropped("stopped")
+                self._given_up.append(item.future)
                 return None
-            if waited_s >= _ENGINE_STALL_S:
+            if waited_s >= self._engine_stall_s:
+                self._given_up.append(item.future)
                 raise DeviceFaultError(
-                    f"the engine has not answered for {waited_s:.0f} s (limit {_ENGINE_STALL_S:.0f} s) on "
-                    f"frame {item.frame.index}; restart the process"
+                    f"the engine has not answered for {waited_s:.0f} s (limit {self._engine_stall_s:.0f} s) "
+                    f"on frame {item.frame.index}; restart the process"
                 )
 
     def _finish(
@@ -251,11 +258,13 @@ class StreamRuntime:
     def _shut_down(self) -> None:
         self._stop_feeding()
         self._abandoned.set()
-        unfinished = self._in_flight.abort()
-        for _ in unfinished:
+        unfinished = self._given_up
+        for item in self._in_flight.abort():
             self._metrics.frame_dropped("stopped")
-        # The engine must not be closed under a request; one that never answers cannot be waited for.
-        wait([item.future for item in unfinished], timeout=_DRAIN_S)
+            unfinished.append(item.future)
+        # A slow engine is given its time; one that takes longer than it ever did will not answer.
+        patience_s = _DRAIN_S + 2 * len(unfinished) * self._slowest_s
+        self.engine_stuck = bool(wait(unfinished, timeout=patience_s).not_done)
         for thread in (self._capture_thread, self._prepare_thread):
             # A read that never returns cannot be interrupted; the threads are daemons.
             thread.join(_JOIN_S)
@@ -270,7 +279,9 @@ class StreamRuntime:
         done_ns = item.done_ns or time.monotonic_ns()
         started_ns = min(max(item.submitted_ns, self._engine_free_ns[0]), done_ns)
         self._engine_free_ns.append(done_ns)
-        return (started_ns - item.submitted_ns) / 1e9, (done_ns - started_ns) / 1e9
+        inferred_s = (done_ns - started_ns) / 1e9
+        self._slowest_s = max(self._slowest_s, inferred_s)
+        return (started_ns - item.submitted_ns) / 1e9, inferred_s
 
     # --- worker threads ---------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from apps.streaming.sources import Source, open_source, parse_source
 from pipeline.artifacts import EngineArtifact, EngineOptions, Frame
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.contracts import Runner
-from pipeline.errors import DataError, IntegrityError, UsageError
+from pipeline.errors import DataError, DeviceFaultError, IntegrityError, UsageError
 from pipeline.preprocess import normalize, to_network_pixels
 
 __all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
@@ -144,7 +144,13 @@ def run_stream(
         sinks, window = _open_sinks(frames, chosen_policy, record, predictions, headless, notes)
         # Here for an engine that does not load; after a run they are closed below, under the signals.
         stack.enter_context(_closing(sinks))
-        runner = stack.enter_context(_load_runner(opened, engine, chosen, cache_dir))
+        runner = _load_runner(opened, engine, chosen, cache_dir)
+
+        def close_runner() -> None:
+            if runtime is None or not runtime.engine_stuck:
+                runner.close()
+
+        stack.callback(close_runner)
         metrics = StreamMetrics()
         runtime = StreamRuntime(
             frames,
@@ -162,6 +168,10 @@ def run_stream(
         with _signals(runtime.request_stop), _closing(sinks):
             ended = runtime.run(output.take, output.tick)
         seconds = time.monotonic() - started_s
+    if runtime.engine_stuck:
+        raise DeviceFaultError(
+            f"the engine did not answer when the stream ended ({ended}); restart the process"
+        )
     final = metrics.snapshot()
     notes = frames.notes + notes
     if final.frames_inferred == 0 and ended == END_OF_SOURCE:

@@ -176,8 +176,11 @@ class _TruthMap:
             return
         try:
             indices, note = match_labels(names, labels, source)
-        except DataError as error:
-            notes.append(f"accuracy is not measured: {error}")
+        except DataError:
+            notes.append(
+                f"accuracy is not measured: the {len(names)} classes of {source} ({names[0]!r}, …) are not "
+                f"the bundle's {len(labels)} ({labels[0]!r}, …)"
+            )
             return
         self._indices = [int(index) for index in indices]
         if note is not None:

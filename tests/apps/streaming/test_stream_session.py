@@ -1,0 +1,227 @@
+"""`run_stream` on real parts: a bundle on disk, OpenVINO or ONNX Runtime, real files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps.streaming.session import run_stream
+from pipeline.errors import DataError, IntegrityError, UnsupportedError, UsageError
+
+LABELS = ("blue", "green", "red")
+RGB = {"blue": (20, 30, 220), "green": (10, 200, 40), "red": (230, 40, 10)}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve one-coloured pictures; one blue one lies in the red folder."""
+    root = tmp_path_factory.mktemp("colors")
+    for name, rgb in RGB.items():
+        (root / name).mkdir()
+        for index in range(4):
+            shown = RGB["blue"] if (name, index) == ("red", 2) else rgb
+            Image.new("RGB", (40 + index, 30), shown).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten blue, ten green, ten red frames."""
+    path = tmp_path_factory.mktemp("video") / "colors.mp4"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 25.0, (64, 48))
+    for rgb in RGB.values():
+        for _ in range(10):
+            writer.write(np.full((48, 64, 3), rgb[::-1], np.uint8))
+    writer.release()
+    return path
+
+
+@pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
+@pytest.mark.parametrize("precision", ["int8", "fp32", None])
+def test_a_labelled_folder_through_real_engines(
+    bundle: Path, folder: Path, engine: str, precision: str | None
+) -> None:
+    if engine == "onnxruntime":
+        pytest.importorskip("onnxruntime")
+    summary = run_stream(bundle, str(folder), headless=True, engine=engine, precision=precision)
+    assert (summary.frames_read, summary.frames_inferred, summary.dropped) == (12, 12, {})
+    assert (summary.labelled, summary.correct) == (12, 11)  # the blue picture among the red ones
+    assert summary.top1 == 11 / 12
+    assert (summary.policy, summary.ended) == ("every", "end of source")
+    assert summary.precision == (precision or "int8")
+    assert json.loads(json.dumps(summary.to_json()))["top1"] == 11 / 12
+
+
+def test_a_video_is_classified_logged_and_recorded(bundle: Path, video: Path, tmp_path: Path) -> None:
+    summary = run_stream(
+        bundle,
+        str(video),
+        record=tmp_path / "out.mp4",
+        predictions=tmp_path / "out.jsonl",
+        headless=True,
+        cache_dir=tmp_path / "cache",
+    )
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(30))
+    assert [line["top"][0]["label"] for line in lines] == ["blue"] * 10 + ["green"] * 10 + ["red"] * 10
+    assert summary.recording == str(tmp_path / "out.mp4")
+    assert summary.top1 is None
+    played = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+    assert played.get(cv2.CAP_PROP_FPS) == 25.0
+    assert played.get(cv2.CAP_PROP_FRAME_COUNT) == 30
+    assert played.get(cv2.CAP_PROP_FRAME_HEIGHT) >= 360  # enlarged, so that the overlay can be read
+    assert all(summary.latency[stage].count == 30 for stage in summary.latency)
+
+
+def test_newest_plays_a_file_at_its_own_rate(bundle: Path, video: Path, tmp_path: Path) -> None:
+    summary = run_stream(
+        bundle, str(video), headless=True, policy="newest", record=tmp_path / "out.mp4", max_seconds=10
+    )
+    assert summary.ended == "end of source"
+    assert 1.1 < summary.seconds < 3  # 30 frames at 25 a second
+    assert summary.frames_read == summary.frames_inferred + sum(summary.dropped.values()) == 30
+    played = cv2.VideoCapture(str(tmp_path / "out.mp4"))
+    assert abs(played.get(cv2.CAP_PROP_FRAME_COUNT) - 30) <= 2  # dropped frames do not speed it up
+
+
+def test_the_live_synthetic_camera_ends_by_its_limits(bundle: Path) -> None:
+    summary = run_stream(bundle, "synthetic:5", headless=True, max_seconds=0.6, fps=20)
+    assert (summary.policy, summary.ended) == ("newest", "time limit")
+    assert 4 <= summary.frames_inferred <= 13
+    summary = run_stream(bundle, "synthetic:5", headless=True, max_frames=3)
+    assert (summary.frames_inferred, summary.ended) == (3, "frame limit")
+
+
+def test_top1_through_the_stream_is_that_of_validation(
+    make_bundle: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same bundle, data set and batch, once through the stream and once without it."""
+    import engines
+    from pipeline.artifacts import EngineArtifact, EngineOptions
+    from pipeline.bundle import open_bundle
+    from pipeline.datasets import labelled_batches, open_dataset
+    from pipeline.synthetic import CLASS_NAMES
+
+    # Twelve scores that depend on the picture in no simple way, so that some happen to be right.
+    graph = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    sine_head (uint8[batch, 16, 16, 3] input) => (float[batch, 12] logits) {
+        pixels = Cast <to = 1> (input)
+        flat = Flatten (pixels)
+        start = Constant <value = float {0.0}> ()
+        stop = Constant <value = float {9216.0}> ()
+        step = Constant <value = float {1.0}> ()
+        range = Range (start, stop, step)
+        shape = Constant <value = int64[2] {768, 12}> ()
+        angles = Reshape (range, shape)
+        weights = Sin (angles)
+        logits = MatMul (flat, weights)
+    }
+    """
+    path = make_bundle(tmp_path / "head", graph, CLASS_NAMES)
+    summary = run_stream(path, "synthetic:11:60", headless=True, policy="every")
+    assert summary.labelled == 60
+
+    opened = open_bundle(path)
+    backend = engines.get_backend("openvino")
+    artifact = EngineArtifact(
+        opened.file("model.int8.onnx"),
+        opened.sha256("model.int8.onnx"),
+        opened.sha256("model.int8.onnx"),
+        "openvino",
+        backend.fingerprint(),
+    )
+    correct = 0
+    with backend.load(artifact, EngineOptions(batch=1)) as runner:
+        dataset = open_dataset("synthetic:11:60")
+        for samples, pixels in labelled_batches(dataset, opened.manifest.preprocess, "BGR", 1):
+            logits = runner.infer({"input": pixels})["logits"]
+            correct += int(np.argmax(logits[0])) == samples[0].label
+    assert summary.correct == correct
+    assert 0 < correct < 60
+
+
+def test_unusable_requests(bundle: Path, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--max-frames 0"):
+        run_stream(bundle, str(folder), max_frames=0)
+    with pytest.raises(UsageError, match="--max-seconds -1"):
+        run_stream(bundle, str(folder), max_seconds=-1)
+    with pytest.raises(UsageError, match="no bundle at"):
+        run_stream(tmp_path / "none", str(folder))
+    with pytest.raises(UnsupportedError, match="no engine is called"):
+        run_stream(bundle, str(folder), engine="abacus", headless=True)
+
+
+def test_an_altered_bundle_is_refused_before_anything_runs(
+    make_bundle: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    path = make_bundle(tmp_path / "altered")
+    model = path / "model.int8.onnx"
+    data = bytearray(model.read_bytes())
+    data[40] ^= 1
+    model.write_bytes(data)
+    with pytest.raises(IntegrityError):
+        run_stream(path, str(folder), headless=True, record=tmp_path / "out.mp4")
+    assert not (tmp_path / "out.mp4").exists()
+
+
+def test_a_class_count_that_is_not_the_labels_is_refused(
+    make_bundle: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    path = make_bundle(tmp_path / "four", labels=("blue", "green", "red", "mauve"))
+    with pytest.raises(IntegrityError, match="gives 3 scores, its manifest names 4 labels"):
+        run_stream(path, str(folder), headless=True)
+
+
+def test_a_source_without_one_usable_frame_is_an_error(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"\x89PNG rubbish")
+    with pytest.raises(DataError, match=r"gave no usable frame: 1 read, dropped 1 \(no image\)"):
+        run_stream(bundle, str(tmp_path), headless=True)
+
+
+def test_some_unusable_frames_are_reported_and_the_rest_inferred(bundle: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (30, 30), (9, 9, 250)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG rubbish")
+    Image.new("L", (30, 30), 90).save(tmp_path / "c.png")
+    summary = run_stream(bundle, str(tmp_path), headless=True)
+    assert (summary.frames_read, summary.frames_inferred, summary.dropped) == (3, 2, {"no image": 1})
+    assert any("skipped b.png" in note for note in summary.notes)
+
+
+def test_a_recording_that_cannot_be_kept_fails_the_run(
+    bundle: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apps.streaming.sinks import Recorder
+    from pipeline.errors import EdgefoldError
+
+    monkeypatch.setattr(
+        Recorder, "_check_whole", lambda self: (_ for _ in ()).throw(EdgefoldError("not whole"))
+    )
+    with pytest.raises(EdgefoldError, match="not whole"):
+        run_stream(bundle, str(video), headless=True, record=tmp_path / "out.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_keeps_what_was_recorded_before_it(
+    bundle: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from apps.streaming import session
+    from pipeline.errors import EngineError
+
+    original = session._Output.take
+
+    def fail_at_12(self, frame, prediction) -> None:
+        if frame.index == 12:
+            raise EngineError("the engine broke")
+        original(self, frame, prediction)
+
+    monkeypatch.setattr(session._Output, "take", fail_at_12)
+    with pytest.raises(EngineError, match="broke"):
+        run_stream(bundle, str(video), headless=True, record=tmp_path / "out.mp4")
+    assert cv2.VideoCapture(str(tmp_path / "out.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 12
