@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Literal
 from apps.console import console
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import Bundle, BundleWriter
-from pipeline.compile import Calibration, Compiled, compile_model
-from pipeline.contracts import Dataset, Progress
+from pipeline.compile import FOLDED_NAME, Calibration, Compiled, compile_model
+from pipeline.contracts import Dataset, EngineBackend, Progress
 from pipeline.errors import DataError, UnsupportedError, UsageError
 from pipeline.manifest import AccuracySummary, CalibrationSummary, EngineRecord, Manifest, ModelSource
 
@@ -115,6 +115,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
         for note in model.notes:
             console.print(f"note: {note}", style="yellow", markup=False)
         evaluation = _open_evaluation(request, model)
+        model = _with_labels(model, evaluation)
         calibration_data = _open_calibration(request)
         calibration = None
         if calibration_data is not None:
@@ -133,13 +134,13 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             _report_skipped(calibration_data)
         validation = None
         if evaluation is not None:
-            validation = _judge(request, model, compiled, evaluation, writer.path, progress)
+            validation = _judge(request, model, compiled, evaluation, backend, progress)
         if compiled.table is not None:
             from calibration.table import table_to_json
 
             writer.add_file("calibration.json", table_to_json(compiled.table))
         manifest = _manifest(request, model, compiled, calibration_data, evaluation, validation)
-        _report(writer, manifest, compiled, validation)
+        _report(request, writer, manifest, compiled, validation)
         bundle = writer.commit(manifest)
     return BuildOutcome(bundle, validation, model.notes)
 
@@ -196,14 +197,22 @@ def _resolve(request: BuildRequest) -> ResolvedModel:
 def _open_evaluation(request: BuildRequest, model: ResolvedModel) -> Dataset | None:
     if request.eval_data is None:
         return None
-    from pipeline.datasets import open_dataset
+    from apps.validating import open_labelled
 
-    return open_dataset(
-        request.eval_data,
-        labels=model.labels or None,
-        num_classes=model.num_classes,
-        limit=request.eval_limit,
-    )
+    return open_labelled(request.eval_data, model.labels, request.eval_limit)
+
+
+def _with_labels(model: ResolvedModel, evaluation: Dataset | None) -> ResolvedModel:
+    """The model with names for its classes: its own, else those of the data it is judged on."""
+    names = evaluation.class_names if evaluation is not None else None
+    if model.labels or names is None or len(names) != model.num_classes:
+        return model
+    console.print(f"labels: from {evaluation.name if evaluation else ''}, in sorted order", markup=False)
+    for index, name in list(enumerate(names))[:12]:
+        console.print(f"  {index:4d} {name}", markup=False)
+    if len(names) > 12:
+        console.print(f"  … {len(names) - 12} more, all in the manifest")
+    return dataclasses.replace(model, labels=names)
 
 
 def _open_calibration(request: BuildRequest) -> Dataset | None:
@@ -217,9 +226,8 @@ def _open_calibration(request: BuildRequest) -> Dataset | None:
 
 
 def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) -> Calibration:
-    from calibration.quantizer import StaticQuantizer
-
     from apps.cache import cache_dir
+    from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
@@ -235,6 +243,85 @@ def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) 
 def _report_skipped(dataset: Dataset) -> None:
     for key, reason in dataset.skipped:
         console.print(f"skipped {key}: {reason}", style="yellow", markup=False)
+
+
+def _judge(
+    request: BuildRequest,
+    model: ResolvedModel,
+    compiled: Compiled,
+    evaluation: Dataset,
+    backend: EngineBackend,
+    progress: Progress,
+) -> ValidationResult:
+    """Judge the engine before anything is published; the PyTorch model is in memory anyway."""
+    from apps.validating import Reference, subject_of_models, validate_subject
+    from pipeline.validation_result import check_budget
+
+    subject = subject_of_models(
+        compiled.folded,
+        compiled.final,
+        backend,
+        precision=request.precision,
+        num_classes=model.num_classes,
+    )
+    result = validate_subject(subject, evaluation, backend, Reference(model), progress=progress)
+    if request.max_drop_points is not None:
+        check_budget(result, request.max_drop_points)
+    return result
+
+
+def _report(
+    request: BuildRequest,
+    writer: BundleWriter,
+    manifest: Manifest,
+    compiled: Compiled,
+    validation: ValidationResult | None,
+) -> None:
+    import shlex
+    import sys
+
+    from apps.report import render_report
+    from pipeline.inspection import summarize
+
+    counts = [summarize(artifact.path).op_counts for artifact in (compiled.exported, compiled.folded)]
+    render_report(
+        writer.path / "report.html",
+        validation=validation,
+        max_drop_points=request.max_drop_points,
+        manifest=manifest,
+        fold_records=compiled.passes,
+        op_counts=(counts[0], counts[1]),
+        calibration=compiled.table,
+        commands=(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),),
+    )
+
+
+def print_build(outcome: BuildOutcome) -> None:
+    """The result for a person: what was made, how long each stage took, what it cost."""
+    from rich import box
+    from rich.table import Table
+
+    from apps.report import print_validation
+
+    manifest = outcome.bundle.manifest
+    table = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for stage in manifest.stages:
+        table.add_row(stage.stage, f"{stage.seconds:.1f}")
+    console.print(table)
+    if outcome.validation is not None:
+        print_validation(outcome.validation, console)
+    sizes = {name: record.size_bytes / 1e6 for name, record in manifest.files.items()}
+    engine_mb, fp32_mb = sizes[manifest.engine.file], sizes[FOLDED_NAME]
+    console.print(
+        f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}: "
+        f"{manifest.engine.file} {engine_mb:.1f} MB (fp32 {fp32_mb:.1f} MB)"
+    )
+    console.print(f"bundle: {outcome.bundle.path}", markup=False, soft_wrap=True)
+    console.print(f"report: {outcome.bundle.file('report.html')}", markup=False, soft_wrap=True)
+    if outcome.validation is None:
+        console.print("not judged: give --eval DATA with labels to see what it cost", style="yellow")
 
 
 def _manifest(
