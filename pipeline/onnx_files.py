@@ -20,20 +20,12 @@ import onnx_ir as ir
 from google.protobuf.message import DecodeError, Message  # type: ignore[import-untyped]
 
 from pipeline.artifacts import TensorSpec
+from pipeline.digest import file_sha256
 from pipeline.errors import ExportError, IntegrityError, ModelSpecError
 
 __all__ = ["file_sha256", "interface", "load_model", "load_proto", "opset_of", "save_model"]
 
 _PROTOBUF_LIMIT_BYTES = 2**31 - 1
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a file's content, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_proto(path: Path) -> onnx.ModelProto:

@@ -243,10 +243,18 @@ def affine_of(node: ir.Node, rank: int, channel_axis: int) -> Affine:
     """The map that a batch norm, or arithmetic with a constant, applies to a tensor of this rank.
 
     Raises:
-        LeaveAlone: the constant varies along another axis than the channels', or widens the tensor.
+        LeaveAlone: the constant varies along another axis than the channels', widens the tensor, or is
+            not finite.
     """
-    if node.op_type == "BatchNormalization":
-        return _batch_norm(node)
+    affine = (
+        _batch_norm(node) if node.op_type == "BatchNormalization" else _arithmetic(node, rank, channel_axis)
+    )
+    if not (np.isfinite(affine.scale).all() and np.isfinite(affine.shift).all()):
+        raise LeaveAlone(f"{describe(node)} has constants that give no finite scale and shift")
+    return affine
+
+
+def _arithmetic(node: ir.Node, rank: int, channel_axis: int) -> Affine:
     index = constant_operand(node)
     if index is None:
         raise LeaveAlone(f"{describe(node)} has no constant operand")
@@ -279,7 +287,7 @@ def _batch_norm(node: ir.Node) -> Affine:
     gamma, beta, mean, variance = arrays
     if gamma is None or beta is None or mean is None or variance is None:
         raise LeaveAlone(f"{describe(node)} has parameters that are not constants")
-    with np.errstate(all="ignore"):  # what is not finite is refused when it is stored
+    with np.errstate(invalid="ignore", divide="ignore"):  # a negative variance; the caller refuses the result
         scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
     return Affine(scale, beta - scale * mean)
 
