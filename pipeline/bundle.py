@@ -214,9 +214,15 @@ class BundleWriter:
             write_synced(path / MANIFEST_NAME, data)
             sync(path)
             self._put_in_place(path)
-            sync(self._out_dir.parent)
         except OSError as error:
             raise self._write_error(error) from error
+        try:
+            sync(self._out_dir.parent)
+        except OSError as error:
+            raise EdgefoldError(
+                f"the bundle {str(self._out_dir)!r} is in place, but the disk did not confirm it: {error.strerror}; "
+                "check the disk, then open it with edgefold inspect"
+            ) from error
         return Bundle(self._out_dir, complete)
 
     def _put_in_place(self, new: Path) -> None:

@@ -53,7 +53,7 @@ def open_dataset(
 
     Args:
         spec: ``synthetic:SEED[:COUNT]``; an ``.npz`` with ``images`` (uint8, NHWC, RGB) and perhaps
-            ``labels``; a video (frames evenly spaced, no labels); or a folder: with ``labels.csv``
+            ``labels``; a video (512 frames or `limit`, evenly spaced, no labels); or a folder: with ``labels.csv``
             (column ``file``, and ``class_index`` or ``label`` or ``name``), with one folder a class,
             or flat (no labels).
         labels: the class names by index. Without them, names are sorted.

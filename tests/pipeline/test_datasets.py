@@ -69,7 +69,7 @@ class TestFolderByClass:
         assert {key.split("/")[0]: label for key, label, _ in seen(dataset)} == {"ant": 3, "bee": 2, "cat": 1}
 
     def test_a_folder_without_a_label_is_refused_not_guessed(self, by_class: Path) -> None:
-        with pytest.raises(DataError, match="'bee'.*labels.csv"):
+        with pytest.raises(DataError, match=r"'bee'.*labels\.csv"):
             open_dataset(str(by_class), labels=["ant", "wasp", "cat"])
 
     def test_a_class_count_that_is_not_the_models_is_refused(self, by_class: Path) -> None:
@@ -422,7 +422,7 @@ class TestSpec:
             open_dataset(spec)
 
     def test_the_class_count_of_the_synthetic_camera_is_checked_too(self) -> None:
-        with pytest.raises(DataError, match="12 classes.*model has 10"):
+        with pytest.raises(DataError, match=r"12 classes.*model has 10"):
             open_dataset("synthetic:3:30", num_classes=10)
 
     def test_nothing_there(self, tmp_path: Path) -> None:

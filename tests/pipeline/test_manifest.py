@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -152,6 +153,16 @@ def test_checks_that_measured_nothing_finite_are_written_as_words() -> None:
 def test_a_manifest_that_could_not_be_read_back_is_not_written(broken: Manifest) -> None:
     with pytest.raises(IntegrityError):
         manifest_to_json(broken)
+
+
+def test_every_field_is_described_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    schema = manifest_json_schema()
+    names = set(schema["properties"])
+    for item in ("ModelSource", "CalibrationSummary", "AccuracySummary", "FileRecord", "StageRecord"):
+        names |= set(schema["$defs"][item]["properties"])
+    names -= {"table_sha256", "statistics_sha256"}  # in words there
+    assert not {name for name in names if f"`{name}`" not in page}
 
 
 def test_the_json_schema_names_every_field_and_forbids_others() -> None:
