@@ -122,7 +122,8 @@ def distribution(histogram: NDArray[np.int64], low: float, high: float) -> Distr
 def _bins(values: NDArray[np.float32]) -> NDArray[np.intp]:
     halves = np.ascontiguousarray(values, np.float32).reshape(-1).view(np.uint16)
     leading = halves[1::2] if sys.byteorder == "little" else halves[::2]
-    return _BIN_OF_LEADING_BITS[leading]
+    # mode="clip" skips a bounds check that 16 bits cannot fail, for a third of the time.
+    return _BIN_OF_LEADING_BITS.take(leading, mode="clip")
 
 
 def _bin_table() -> NDArray[np.intp]:
@@ -141,6 +142,6 @@ def _magnitude_edges() -> NDArray[np.float64]:
     """Lower edges of the magnitudes, and the upper edge of the last; the first is 0."""
     index = np.arange(_N_MAGNITUDES + 1)
     octave, step = np.divmod(index, _BINS_PER_OCTAVE)
-    edges = np.exp2(octave + _MIN_EXPONENT) * (1.0 + step / _BINS_PER_OCTAVE)
+    edges: NDArray[np.float64] = np.exp2(octave + _MIN_EXPONENT) * (1.0 + step / _BINS_PER_OCTAVE)
     edges[0] = 0.0
     return edges

@@ -174,7 +174,9 @@ class _Inserter:
     def _initializer(self, name: str, array: NDArray[Any]) -> ir.Value:
         name = self._unused(name)
         tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
+        )
         self._graph.initializers[name] = value
         self._values[name] = value
         return value

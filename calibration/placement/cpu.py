@@ -19,6 +19,8 @@ fuse a layer only where *everything it reads and the tensor it ends in* is quant
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from calibration.placement.points import ActivationPoint, Edge, Placement, WeightPoint
@@ -51,11 +53,11 @@ def place(model: ir.Model) -> Placement:
                 skipped.append((_name(node), point))
                 continue
             weights.append(point)
-            inputs: tuple[ir.Value | None, ...] = node.inputs[:1]
+            inputs: Sequence[ir.Value | None] = node.inputs[:1]
             reason = f"input of {_name(node)}"
         elif node.op_type == "Add" and not any(_is_constant(value) for value in node.inputs):
             inputs, reason = (
-                tuple(node.inputs),
+                node.inputs,
                 f"{_name(node)} adds integers only if both inputs are quantized",
             )
         elif node.op_type in _AVERAGES:

@@ -1,0 +1,160 @@
+"""From a folded fp32 model and images to an int8 model: static post-training quantization."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from calibration.collect import SAMPLES_PER_IMAGE, collect
+from calibration.placement import PLACEMENTS, Placement
+from calibration.qdq import insert_qdq
+from calibration.ranges import METHODS
+from calibration.table import StatisticsCache, check_table, derive_table
+from pipeline.artifacts import CalibrationTable, ModelArtifact, StageRecord, TensorStatistics
+from pipeline.contracts import Batches, Progress, RunnerFactory
+from pipeline.errors import CalibrationError, UsageError
+from pipeline.onnx_files import interface, load_model, save_model
+from pipeline.preprocess import preprocess_sha256
+
+__all__ = ["StaticQuantizer", "apply_table"]
+
+
+class StaticQuantizer:
+    """`pipeline.contracts.Quantizer`: ranges from images, one Q/DQ placement, no training.
+
+    Changing `method` on the same model and images costs no new pass where there is a cache.
+    """
+
+    def __init__(
+        self,
+        method: str = "minmax",
+        placement: str = "cpu",
+        *,
+        runner_factory: RunnerFactory,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """Choose how ranges are found and where Q/DQ stand.
+
+        Args:
+            method: ``minmax``, ``percentile``, ``entropy`` or ``mse``.
+            placement: the engine family, a key of `calibration.placement.PLACEMENTS`.
+            runner_factory: makes the fp32 runner the images go through.
+            cache_dir: where statistics are kept; ``None``: they are not.
+
+        Raises:
+            UsageError: no such method or placement.
+        """
+        if method not in METHODS:
+            raise UsageError(f"no calibration method {method!r}; choose one of {', '.join(METHODS)}")
+        if placement not in PLACEMENTS:
+            raise UsageError(f"no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
+        self._method = method
+        self._placement = placement
+        self._runner_factory = runner_factory
+        self._cache_dir = cache_dir
+
+    def quantize(
+        self,
+        model: ModelArtifact,
+        batches: Batches,
+        dataset_sha256: str,
+        out_path: Path,
+        progress: Progress,
+    ) -> tuple[ModelArtifact, CalibrationTable, StageRecord]:
+        """Calibrate `model` and write its int8 form to `out_path`.
+
+        Args:
+            model: folded fp32 ONNX; its uint8 NHWC input stays as it is.
+            batches: uint8 NHWC images at the input's size.
+            dataset_sha256: digest of the images.
+            out_path: where the Q/DQ ONNX goes, replaced atomically.
+            progress: told of every batch.
+
+        Raises:
+            CalibrationError: no images, NaN or Inf in activations or weights, nothing to quantize.
+        """
+        start = time.perf_counter()
+        graph = load_model(model.path)
+        placement = PLACEMENTS[self._placement](graph)
+        if not placement.weights:
+            raise CalibrationError(
+                f"{model.path} has no layer that can be quantized: "
+                + (
+                    "; ".join(f"{node}: {reason}" for node, reason in placement.skipped)
+                    or "no Conv, Gemm or MatMul"
+                )
+            )
+        del graph  # its weights would be in memory twice during calibration
+        statistics, from_cache = self._statistics(model, placement, batches, dataset_sha256, progress)
+        collected = time.perf_counter()
+        table = derive_table(statistics, self._method)
+        ranged = time.perf_counter()
+        quantized, record = apply_table(model, table, self._placement, out_path)
+        checks = {
+            **record.checks,
+            "statistics_from_cache": from_cache,
+            "statistics_seconds": collected - start,
+            "ranges_seconds": ranged - collected,
+        }
+        record = dataclasses.replace(record, seconds=time.perf_counter() - start, checks=checks)
+        return dataclasses.replace(quantized, history=(*model.history, record)), table, record
+
+    def _statistics(
+        self,
+        model: ModelArtifact,
+        placement: Placement,
+        batches: Batches,
+        dataset_sha256: str,
+        progress: Progress,
+    ) -> tuple[TensorStatistics, bool]:
+        def gather() -> TensorStatistics:
+            return collect(model, placement.observed, batches, dataset_sha256, self._runner_factory, progress)
+
+        if self._cache_dir is None:
+            return gather(), False
+        return StatisticsCache(self._cache_dir).get_or_collect(
+            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), placement.observed, gather
+        )
+
+
+def apply_table(
+    model: ModelArtifact, table: CalibrationTable, placement: str, out_path: Path
+) -> tuple[ModelArtifact, StageRecord]:
+    """Write the int8 form of `model` with the ranges of a table made earlier.
+
+    Raises:
+        IntegrityError: the table is another model's.
+        CalibrationError: the table lacks a tensor this placement needs, or a weight is not finite.
+    """
+    start = time.perf_counter()
+    check_table(table, model)
+    graph = load_model(model.path)
+    placed = PLACEMENTS[placement](graph)
+    insert_qdq(graph, placed, table.ranges)
+    sha256 = save_model(graph, out_path)
+    inputs, outputs = interface(graph)
+    record = StageRecord(
+        stage="quantize",
+        inputs=(model.sha256, table.dataset_sha256),
+        outputs=(sha256,),
+        seconds=time.perf_counter() - start,
+        checks={
+            "method": table.method,
+            "placement": placed.family,
+            "n_images": table.n_samples,
+            "samples_per_image": SAMPLES_PER_IMAGE,
+            "n_quantized_layers": len(placed.weights),
+            "n_quantized_activations": len(placed.activations),
+            "left_in_float": [list(item) for item in placed.skipped],
+        },
+    )
+    quantized = dataclasses.replace(
+        model,
+        path=out_path,
+        sha256=sha256,
+        inputs=inputs,
+        outputs=outputs,
+        history=(*model.history, record),
+    )
+    return quantized, record
