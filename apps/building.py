@@ -281,16 +281,12 @@ def _report(
     import sys
 
     from apps.report import render_report
-    from pipeline.inspection import summarize
 
-    counts = [summarize(artifact.path).op_counts for artifact in (compiled.exported, compiled.folded)]
     render_report(
         writer.path / "report.html",
         validation=validation,
         max_drop_points=request.max_drop_points,
         manifest=manifest,
-        fold_records=compiled.passes,
-        op_counts=(counts[0], counts[1]),
         calibration=compiled.table,
         commands=(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),),
     )

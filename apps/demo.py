@@ -51,7 +51,7 @@ def demo_command(
         _STREAM,
         headless=True,
         max_seconds=seconds,
-        display=choose_display("demo", json_output=False),
+        display=choose_display("demo", as_json=False),
     )
     print_summary(summary)
     report = out / "report.html"

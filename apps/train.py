@@ -57,7 +57,9 @@ def train_command(
 
     from pipeline.artifacts import PreprocessSpec
     from pipeline.datasets import open_dataset
-    from pipeline.models.registry import make_model
+    from pipeline.errors import ModelSpecError
+    from pipeline.models.lite import SMALL_INPUT_PX, inception_resnet_lite
+    from pipeline.models.registry import NETWORKS
     from pipeline.models.resolve import read_preprocess
     from pipeline.training.loop import EpochResult, TrainingRun, train
     from pipeline.training.pixels import Augmentation, materialize, split
@@ -72,14 +74,18 @@ def train_command(
         peak_lr=lr or chosen.peak_lr,
         batch_size=batch_size or chosen.batch_size,
     )
+    if model not in NETWORKS:
+        raise ModelSpecError(f"no built-in network {model!r} to train; there are {', '.join(NETWORKS)}")
     spec = read_preprocess(preprocess) if preprocess else PreprocessSpec((input_size, input_size))
     dataset = open_dataset(data)
-    options = {"width": width} if model == "inception_resnet_lite" else {}
     torch.manual_seed(seed)
     with progress_display() as progress:
         table = materialize(dataset, spec, out / "pixels", progress)
-        network = make_model(
-            model, num_classes=len(table.class_names), input_size=spec.input_hw[0], **options
+        n_classes, side = len(table.class_names), spec.input_hw[0]
+        network = (
+            inception_resnet_lite(n_classes, width, small_input=side <= SMALL_INPUT_PX)
+            if model == "inception_resnet_lite"
+            else NETWORKS[model].build(n_classes, side)
         )
         train_indices, held_indices = split(table.labels, holdout, seed)
         run = TrainingRun(chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_)

@@ -25,7 +25,10 @@ from torch import Tensor, nn
 
 from pipeline.models.blocks import Branches, ConvNormAct, ScaledResidual
 
-__all__ = ["InceptionResNetLite", "inception_resnet_lite"]
+__all__ = ["SMALL_INPUT_PX", "InceptionResNetLite", "inception_resnet_lite"]
+
+SMALL_INPUT_PX = 64
+"""Up to this side of the input the stem keeps more of the resolution."""
 
 _DEPTHS = (2, 3, 2)
 _SCALES = (0.2, 0.2, 0.2)
@@ -43,8 +46,8 @@ class InceptionResNetLite(nn.Module):
 
     Args:
         num_classes: outputs of the head.
-        width: multiplier of every channel count; 1.0 has about 1.4 M parameters with ten classes.
-        small_input: the stem for inputs of 64 pixels and less.
+        width: multiplier of every channel count; 1.0 has about 1.0 M parameters with ten classes.
+        small_input: the stem for inputs up to `SMALL_INPUT_PX`.
         scales: residual scale of the stages A, B, C.
         drop_rate: dropout before the head, training only.
     """
@@ -63,17 +66,19 @@ class InceptionResNetLite(nn.Module):
             return _width(channels, width)
 
         a, b, c = w(80), w(192), w(320)
+        stem: list[nn.Module]
         if small_input:
-            stem = (ConvNormAct(3, w(24), 3), ConvNormAct(w(24), w(48), 3, padding=1))
-            last = w(48)
+            stem, last = [ConvNormAct(3, w(24), 3), ConvNormAct(w(24), w(48), 3, padding=1)], w(48)
         else:
-            stem = (
-                ConvNormAct(3, w(24), 3, stride=2),
-                ConvNormAct(w(24), w(32), 3, padding=1),
-                nn.MaxPool2d(3, stride=2, padding=1),
-                ConvNormAct(w(32), w(64), 3, padding=1),
+            stem, last = (
+                [
+                    ConvNormAct(3, w(24), 3, stride=2),
+                    ConvNormAct(w(24), w(32), 3, padding=1),
+                    nn.MaxPool2d(3, stride=2, padding=1),
+                    ConvNormAct(w(32), w(64), 3, padding=1),
+                ],
+                w(64),
             )
-            last = w(64)
         pool = nn.MaxPool2d(3, stride=2, padding=1)
         self.stem = nn.Sequential(*stem, pool, ConvNormAct(last, a, 3, padding=1))
         self.stage_a = nn.Sequential(*(self._block_a(a, w, scales[0]) for _ in range(_DEPTHS[0])))

@@ -17,7 +17,7 @@ from pipeline.models.inception_resnet import (
     inception_resnet_v2,
     inception_resnet_v2_paper,
 )
-from pipeline.models.lite import inception_resnet_lite
+from pipeline.models.lite import SMALL_INPUT_PX, inception_resnet_lite
 
 __all__ = ["NETWORKS", "Network"]
 
@@ -27,9 +27,6 @@ _INCEPTION = PreprocessSpec((299, 299), interpolation="bicubic", crop_fraction=0
 
 # (pixel - 127.5) / 128, on face crops that are resized whole.
 _FACE = PreprocessSpec((160, 160), resize="squash", mean=_HALF, std=(128 / 255,) * 3)
-
-_SMALL_INPUT = 64
-"""Up to this size `inception_resnet_lite` takes the stem that keeps the resolution."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,9 +103,9 @@ _ALL = (
     ),
     Network(
         "inception_resnet_lite",
-        "edge version, about 1.4 M parameters",
-        lambda num_classes, size: inception_resnet_lite(num_classes, small_input=size <= _SMALL_INPUT),
-        PreprocessSpec((96, 96), resize="squash", mean=_HALF, std=_HALF),
+        "edge version, about 1.0 M parameters",
+        lambda num_classes, size: inception_resnet_lite(num_classes, small_input=size <= SMALL_INPUT_PX),
+        PreprocessSpec((96, 96), mean=_HALF, std=_HALF),
         paper_stems=False,
     ),
 )

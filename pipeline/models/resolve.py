@@ -32,7 +32,7 @@ from pipeline.models.weights import (
 )
 from pipeline.onnx_files import file_sha256, interface, load_model
 
-__all__ = ["ResolvedModel", "resolve_model"]
+__all__ = ["ResolvedModel", "read_preprocess", "resolve_model"]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def resolve_model(
         WeightsError: no weights were named, or they are not this model's.
         UnsupportedError: public weights cannot be fetched, or a library is missing.
     """
-    override = None if preprocess_file is None else _read_preprocess(preprocess_file, input_size)
+    override = None if preprocess_file is None else read_preprocess(preprocess_file, input_size)
     if override is not None and override.input_hw[0] == override.input_hw[1]:
         input_size = override.input_hw[0]
     _check_counts(num_classes, input_size)
@@ -266,7 +266,12 @@ def _check_outputs(spec: str, outputs: int, num_classes: int | None) -> None:
 # --- preprocessing ----------------------------------------------------------------------------------
 
 
-def _read_preprocess(path: Path, input_size: int | None) -> PreprocessSpec:
+def read_preprocess(path: Path, input_size: int | None = None) -> PreprocessSpec:
+    """The PreprocessSpec in a JSON file.
+
+    Raises:
+        ModelSpecError: unreadable, not a PreprocessSpec, or another size than `input_size`.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     try:

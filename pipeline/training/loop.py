@@ -98,9 +98,8 @@ def train(
     total_steps = steps_per_epoch * recipe.epochs
     model = model.to(memory_format=torch.channels_last)
     optimizer = make_optimizer(recipe, model)
-    average = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay), use_buffers=True
-    )
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
     normalize = _Normalize(run.preprocess)
     digest = run.digest(table, train_indices)
     first_epoch = _resume(checkpoint, digest, model, average, optimizer)
@@ -128,7 +127,7 @@ def train(
                     "lower --lr (the last good checkpoint is kept)"
                 )
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
             average.update_parameters(model)

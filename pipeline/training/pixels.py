@@ -140,7 +140,7 @@ def _augment(
         np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="reflect") if shift else pixels
     )
     tops, lefts = rng.integers(0, 2 * shift + 1, (2, n))
-    mirrored = rng.random(n) < 0.5 if augmentation.flip else np.zeros(n, bool)
+    mirrored = np.less(rng.random(n), 0.5 if augmentation.flip else 0.0)
     holes = rng.integers(0, (height, width), (n, 2)) - hole // 2
     out = np.empty_like(pixels)
     for i in range(n):

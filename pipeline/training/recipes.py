@@ -80,7 +80,7 @@ def make_optimizer(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
     ]
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=0.9, nesterov=True)
-    from timm.optim import RMSpropTF
+    from timm.optim.rmsprop_tf import RMSpropTF
 
     optimizer: torch.optim.Optimizer = RMSpropTF(groups, lr=recipe.peak_lr, alpha=0.9, eps=1.0, momentum=0.9)
     return optimizer
