@@ -233,6 +233,11 @@ def open_labelled(data: str, labels: Sequence[str], limit: int | None) -> Datase
 
 def _display_labels(subject: Subject, dataset: Dataset) -> tuple[str, ...]:
     if subject.labels:
+        if len(subject.labels) != subject.num_classes:
+            raise DataError(
+                f"{len(subject.labels)} class names for a model of {subject.num_classes} outputs: give one name an "
+                "output, in their order"
+            )
         return subject.labels
     names = dataset.class_names
     if names is not None and len(names) == subject.num_classes:

@@ -78,7 +78,11 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.filters.update(
-        percent=wording.percent, points=wording.points, sqnr=wording.sqnr, p_value=wording.p_value
+        images=wording.images,
+        percent=wording.percent,
+        points=wording.points,
+        sqnr=wording.sqnr,
+        p_value=wording.p_value,
     )
     html = environment.get_template("report.html.j2").render(
         title=title or (manifest.name if manifest else "Validation"),

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from apps.report.wording import p_value, percent, points, sqnr, verdict
+from apps.report.wording import images, p_value, percent, points, sqnr, verdict
 from pipeline.validation_result import Drop, ValidationResult
 
 __all__ = ["print_validation"]
@@ -31,7 +31,7 @@ def print_validation(
     if result.n_skipped:
         first = result.skipped[0]
         console.print(
-            Text(f"{result.n_skipped} images skipped, first {first.key}: {first.reason}", style="yellow")
+            Text(f"{images(result.n_skipped)} skipped, first {first.key}: {first.reason}", style="yellow")
         )
     judgement = verdict(result, max_drop_points)
     console.print()
@@ -42,9 +42,11 @@ def print_validation(
 
 def _stages(result: ValidationResult) -> Table:
     table = Table(
-        title=f"Accuracy of each stage ({result.dataset_name}, {result.n_images:,} images)",
+        title=f"Accuracy of each stage ({result.dataset_name}, {images(result.n_images)})",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("stage")
     for column in ("top-1", "95% interval", f"top-{result.top_k}", "SQNR to first"):
@@ -66,14 +68,16 @@ def _drops(result: ValidationResult) -> Table:
         title="The drop of top-1 in its parts, in points (+ is worse)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("part")
-    for column in ("drop", "95% interval", "lost/gained", "p", "same answer", "SQNR"):
+    table.add_column("part", no_wrap=True)
+    for column in ("drop", "95% interval", "lost/\ngained", "p", "same\nanswer", "SQNR"):
         table.add_column(column, justify="right", no_wrap=True)
     for drop in result.drops:
         table.add_row(*_drop_row(drop))
     for part in result.assumed:
-        table.add_row(Text(part.part), "see below", *[""] * 5, style="dim")
+        table.add_row(Text(part.part), "—", *[""] * 5, style="dim")
     table.add_section()
     table.add_row(*_drop_row(result.total), style="bold")
     return table
@@ -86,7 +90,7 @@ def _drop_row(drop: Drop) -> tuple[Text | str, ...]:
         points(drop.drop_points),
         f"{points(low)} to {points(high)}",
         f"{drop.lost}/{drop.gained}",
-        p_value(drop.mcnemar_p),
+        p_value(drop.mcnemar_p).removeprefix("= "),
         percent(drop.agreement),
         sqnr(drop.sqnr_db),
     )
@@ -102,8 +106,10 @@ def _worst_classes(result: ValidationResult) -> Table | None:
         title=f"Classes that lost most ({len(shown)} of {len(lost)} that lost)",
         title_justify="left",
         box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
-    table.add_column("class")
+    table.add_column("class", overflow="fold")
     for column in ("images", "right before", "right after", "accuracy before", "after"):
         table.add_column(column, justify="right")
     for row in shown:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pipeline.validation_result import ValidationResult, interval_warning
 
-__all__ = ["Verdict", "p_value", "percent", "points", "sqnr", "verdict"]
+__all__ = ["Verdict", "images", "p_value", "percent", "points", "sqnr", "verdict"]
 
 _NOTICEABLE_POINTS = 1.0
 """Without a budget: what most users of a classifier would notice, and call a loss."""
@@ -33,7 +33,7 @@ def verdict(result: ValidationResult, max_drop_points: float | None = None) -> V
     low, high = total.interval_points.low, total.interval_points.high
     by_chance = low <= 0 <= high
     sentences = [
-        f"On {result.n_images:,} images, {before.name} gets {percent(before.top1)} right and {after.name} "
+        f"On {images(result.n_images)}, {before.name} gets {percent(before.top1)} right and {after.name} "
         f"{percent(after.top1)}: {total.lost:,} lost, {total.gained:,} gained, "
         f"{_change(total.drop_points)}.",
         f"With 95% confidence the true drop lies between {points(low)} and {points(high)} points. "
@@ -42,7 +42,7 @@ def verdict(result: ValidationResult, max_drop_points: float | None = None) -> V
             if by_chance
             else "Chance alone hardly makes such a difference"
         )
-        + f" (McNemar p = {p_value(total.mcnemar_p)}).",
+        + f" (McNemar p {p_value(total.mcnemar_p)}).",
     ]
     if max_drop_points is not None:
         warning = interval_warning(result, max_drop_points)
@@ -63,8 +63,13 @@ def verdict(result: ValidationResult, max_drop_points: float | None = None) -> V
         return Verdict("good", f"No loss: {after.name} is the more accurate here", tuple(sentences))
     if high <= _NOTICEABLE_POINTS:
         return Verdict("good", f"{after.name} keeps the accuracy", tuple(sentences))
-    headline = f"No loss shown, but {result.n_images:,} images cannot rule out {high:.1f} points"
+    headline = f"No loss shown, but {images(result.n_images)} cannot rule out {high:.1f} points"
     return Verdict("unsure", headline, tuple(sentences))
+
+
+def images(count: int) -> str:
+    """``1 image``, ``2,000 images``."""
+    return f"{count:,} image{'' if count == 1 else 's'}"
 
 
 def percent(fraction: float) -> str:
@@ -84,8 +89,8 @@ def sqnr(value_db: float | None) -> str:
 
 
 def p_value(p: float) -> str:
-    """Two digits, and no string of zeros."""
-    return "< 0.0001" if p < 1e-4 else f"{p:.2g}"
+    """``= 0.032``: two digits, and no string of zeros."""
+    return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
 
 
 def _change(drop_points: float) -> str:
