@@ -28,7 +28,7 @@ from pipeline.passes.verify import Execute, execute, seeded_feeds
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["MIN_OPSET", "export_module", "import_onnx"]
+__all__ = ["MIN_OPSET", "export_module", "import_onnx", "load_current"]
 
 MIN_OPSET = 18
 """What the torch exporter writes natively; older imported models are converted up to it."""
@@ -135,22 +135,38 @@ def import_onnx(
             cannot be converted.
     """
     started = time.monotonic()
-    proto = load_proto(path)
-    opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=1)
-    if opset < MIN_OPSET:
-        proto = _converted(proto, opset, path)
-    model = ir.serde.deserialize_model(proto)
-    del proto
-    # Old exporters list weights as inputs, so that a caller may override them. Nobody does.
-    common.RemoveInitializersFromInputsPass()(model)
+    model = load_current(path)
     _fix_interface(model, preprocess, path)
     common.ShapeInferencePass()(model)
     outputs = interface(model)[1]
     if len(outputs) != 1:
         raise ExportError(f"{path} has {len(outputs)} outputs; a classifier has one: its logits")
     _check_labels(labels, outputs[0].shape[-1])
-    checks = {"opset_of_file": opset, "opset": opset_of(model), "file": path.name}
+    checks = {"opset": opset_of(model), "file": path.name}
     return _write(model, preprocess, out_path, labels, "import", (file_sha256(path),), started, checks)
+
+
+def load_current(path: Path) -> ir.Model:
+    """An ONNX file as a model of a current operator set whose only inputs are data.
+
+    Raises:
+        ModelSpecError, IntegrityError: as `pipeline.onnx_files.load_proto`.
+        ExportError: its opset cannot be converted.
+    """
+    proto = load_proto(path)
+    opset = max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=1)
+    if opset < MIN_OPSET:
+        try:
+            proto = onnx.version_converter.convert_version(proto, MIN_OPSET)
+        except Exception as error:
+            raise ExportError(
+                f"{path} is of opset {opset} and cannot be converted to {MIN_OPSET}: {_first_line(error)}; "
+                f"export it again with opset {MIN_OPSET} or newer"
+            ) from error
+    model = ir.serde.deserialize_model(proto)
+    # Old exporters list weights as inputs, so that a caller may override them. Nobody does.
+    common.RemoveInitializersFromInputsPass()(model)
+    return model
 
 
 def _write(
@@ -209,16 +225,6 @@ def _parity(expected: np.ndarray[Any, Any], model: ir.Model, feeds: Feeds, run: 
 def _check_labels(labels: Sequence[str], n_classes: int | str) -> None:
     if labels and isinstance(n_classes, int) and len(labels) != n_classes:
         raise UsageError(f"{len(labels)} labels for {n_classes} classes; give one label for each logit")
-
-
-def _converted(proto: onnx.ModelProto, opset: int, path: Path) -> onnx.ModelProto:
-    try:
-        return onnx.version_converter.convert_version(proto, MIN_OPSET)
-    except Exception as error:
-        raise ExportError(
-            f"{path} is of opset {opset} and cannot be converted to {MIN_OPSET}: {_first_line(error)}; "
-            f"export it again with opset {MIN_OPSET} or newer"
-        ) from error
 
 
 def _fix_interface(model: ir.Model, preprocess: PreprocessSpec, path: Path) -> None:

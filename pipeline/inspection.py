@@ -4,19 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 from onnx_ir.passes import common
 
 from pipeline.artifacts import TensorSpec
+from pipeline.errors import IntegrityError
 from pipeline.onnx_files import interface, load_model
+from pipeline.passes.graph_pass import PassRecord
 
-__all__ = ["Change", "GraphSummary", "compare", "summarize", "summarize_model"]
+if TYPE_CHECKING:
+    from pipeline.contracts import Progress
+    from pipeline.models.resolve import ResolvedModel
+
+__all__ = [
+    "Change",
+    "GraphSummary",
+    "Inspection",
+    "compare",
+    "inspect_bundle",
+    "inspect_onnx",
+    "inspect_resolved",
+    "summarize",
+    "summarize_model",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +53,34 @@ class GraphSummary:
 
     def as_json(self) -> dict[str, Any]:
         """JSON-compatible values; what `from_json` reads."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        for side in ("inputs", "outputs"):
+            values[side] = [{**spec, "shape": list(spec["shape"])} for spec in values[side]]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> GraphSummary:
         """A summary as a stage record keeps it."""
         specs = {side: tuple(map(_spec_from_json, values[side])) for side in ("inputs", "outputs")}
         return cls(**{**values, **specs})
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """A model before and after folding, and what folding did."""
+
+    model: str
+    graphs: dict[str, GraphSummary]
+    """``before``, ``after`` and, in an int8 bundle, ``int8``."""
+    passes: tuple[PassRecord, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-compatible values."""
+        return {
+            "model": self.model,
+            "graphs": {name: summary.as_json() for name, summary in self.graphs.items()},
+            "passes": [record.as_json() for record in self.passes],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +119,63 @@ def summarize_model(model: ir.Model) -> GraphSummary:
         inputs=inputs,
         outputs=outputs,
     )
+
+
+def inspect_bundle(path: Path) -> Inspection:
+    """What the manifest of a bundle tells about folding, and what its int8 graph holds.
+
+    Raises:
+        UsageError, IntegrityError: as `pipeline.bundle.open_bundle`.
+        IntegrityError: the manifest has no record of the fold stage, or one that cannot be read.
+    """
+    from pipeline.bundle import open_bundle
+    from pipeline.compile import QUANTIZED_NAME
+
+    bundle = open_bundle(path)
+    checks = next((stage.checks for stage in bundle.manifest.stages if stage.stage == "fold"), None)
+    try:
+        if checks is None:
+            raise KeyError("fold")
+        graphs = {name: GraphSummary.from_json(checks[name]) for name in ("before", "after")}
+        passes = tuple(PassRecord.from_json(record) for record in checks["passes"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(
+            f"the manifest of {str(path)!r} has no readable record of the fold stage ({error!r}): build it again"
+        ) from error
+    if QUANTIZED_NAME in bundle.manifest.files:
+        graphs["int8"] = summarize(bundle.file(QUANTIZED_NAME))
+    return Inspection(bundle.manifest.name, graphs, passes)
+
+
+def inspect_onnx(path: Path, progress: Progress | None = None) -> Inspection:
+    """Fold an ONNX file in memory, but for its preprocessing, which a file does not tell.
+
+    Raises:
+        ModelSpecError, IntegrityError, ExportError, PassError: the file cannot be read or folded.
+    """
+    from pipeline.export import load_current
+    from pipeline.passes import DEFAULT_PASSES, run_passes
+
+    model = load_current(path)
+    folded, passes = run_passes(model, DEFAULT_PASSES, progress=progress)
+    return Inspection(path.name, {"before": summarize_model(model), "after": summarize_model(folded)}, passes)
+
+
+def inspect_resolved(model: ResolvedModel, progress: Progress | None = None) -> Inspection:
+    """Export and fold a model, preprocessing included; nothing is kept.
+
+    Raises:
+        ExportError, PassError: the stage that failed.
+    """
+    from pipeline.compile import export_resolved
+    from pipeline.passes import fold
+
+    with tempfile.TemporaryDirectory(prefix="edgefold-inspect-") as folder:
+        exported = export_resolved(model, Path(folder) / "exported.onnx")
+        folded, passes = fold(exported, Path(folder) / "folded.onnx", progress=progress)
+    checks = folded.history[-1].checks
+    graphs = {name: GraphSummary.from_json(checks[name]) for name in ("before", "after")}
+    return Inspection(model.name, graphs, passes)
 
 
 def compare(before: GraphSummary, after: GraphSummary) -> tuple[Change, ...]:

@@ -155,7 +155,7 @@ def fold(
     digest = save_model(folded, out_path)
     inputs, outputs = interface(folded)
     checks: dict[str, Any] = {
-        "passes": [_as_json(record) for record in records],
+        "passes": [record.as_json() for record in records],
         "before": summarize_model(source).as_json(),
         "after": summarize_model(folded).as_json(),
     }
@@ -178,9 +178,3 @@ def _execute(graph_pass: GraphPass, run: Execute, model: ir.Model, feeds: Feeds)
         return run(model, feeds)
     except Exception as error:
         raise PassError(graph_pass.name, "numerics", f"the graph cannot be executed: {error}") from error
-
-
-def _as_json(record: PassRecord) -> dict[str, Any]:
-    values = dataclasses.asdict(record)
-    values["skipped"] = [list(entry) for entry in record.skipped]
-    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,15 @@ class PassRecord:
     max_abs_error: float | None
     sqnr_db: float | None
     """``None`` also where the outputs are bit for bit the same."""
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-compatible values; what `from_json` reads."""
+        return {**dataclasses.asdict(self), "skipped": [list(entry) for entry in self.skipped]}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> PassRecord:
+        """A record as the ``fold`` stage's record keeps it."""
+        return cls(**{**values, "skipped": tuple((node, reason) for node, reason in values["skipped"])})
 
 
 class LeaveAlone(Exception):
