@@ -173,8 +173,8 @@ def _opencv() -> Iterator[Finding]:
         ("v4l/v4l2", "pip install 'edgefold[opencv]' on Linux; without it /dev/videoN cannot be read"),
         (
             "GStreamer",
-            "pip's wheels never have it: sudo apt install python3-opencv, in a --system-site-packages "
-            "environment without pip's opencv; needed for CSI cameras of a Jetson",
+            "the system's OpenCV: sudo apt install python3-opencv, in a --system-site-packages environment "
+            "(pip's wheels never have GStreamer); needed for the CSI cameras of a Jetson",
         ),
     ):
         detail = build_feature(information, name)

@@ -31,7 +31,7 @@ from pipeline.artifacts import EngineArtifact, EngineOptions, TensorSpec
 from pipeline.contracts import Runner
 from pipeline.errors import EdgefoldError, EngineError
 
-__all__ = ["Timing", "make_inputs", "run_alternating", "time_infer", "time_submit", "worker_command"]
+__all__ = ["Timing", "main", "make_inputs", "run_alternating", "time_infer", "time_submit", "worker_command"]
 
 _MIN_RUNS = 5
 
@@ -189,7 +189,8 @@ def _summary(latencies_s: Sequence[float], elapsed_s: float, batch: int) -> Timi
     return Timing(n_runs, batch, p50, p95, p99, images_per_s=n_runs * batch / elapsed_s)
 
 
-def _main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure as the command line says and print JSON; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m engines.measure", description="Time one engine.")
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--sha256", required=True)
@@ -199,19 +200,18 @@ def _main() -> int:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--seconds", type=float, default=3.0)
-    arguments = parser.parse_args()
-    options = EngineOptions(arguments.mode, arguments.threads, arguments.batch, arguments.cache_dir)
+    given = parser.parse_args(arguments)
+    options = EngineOptions(given.mode, given.threads, given.batch, given.cache_dir)
     try:
-        backend = get_backend(arguments.engine)
+        backend = get_backend(given.engine)
         fingerprint = backend.fingerprint()
-        sha256 = arguments.sha256
-        artifact = EngineArtifact(arguments.model, sha256, sha256, arguments.engine, fingerprint)
+        artifact = EngineArtifact(given.model, given.sha256, given.sha256, given.engine, fingerprint)
         begin = time.perf_counter()
         with backend.load(artifact, options) as runner:
             load_s = time.perf_counter() - begin
             inputs = make_inputs(runner.inputs, options.batch or 1)
             timed = time_infer if options.mode == "latency" else time_submit
-            timing = timed(runner, inputs, arguments.seconds)
+            timing = timed(runner, inputs, given.seconds)
             n_streams = runner.n_streams
     except EdgefoldError as error:
         print(error, file=sys.stderr)
@@ -222,4 +222,4 @@ def _main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(_main())
+    sys.exit(main())
