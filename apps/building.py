@@ -6,12 +6,12 @@ import dataclasses
 import datetime
 import json
 import platform
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from apps.console import console
@@ -110,7 +110,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
     with ExitStack() as stack:
         # Opened first: an output that cannot be written is found before any work is done.
         writer = stack.enter_context(BundleWriter(request.out, overwrite=request.overwrite))
-        work_dir = stack.enter_context(_work_dir(writer.path))
+        work_dir = Path(stack.enter_context(TemporaryDirectory(prefix="edgefold-build-")))
         model = _resolve(request)
         for note in model.notes:
             console.print(f"note: {note}", style="yellow", markup=False)
@@ -157,19 +157,6 @@ def _check(request: BuildRequest) -> None:
         )
     if request.max_drop_points is not None and request.eval_data is None:
         raise UsageError("--max-drop needs labelled images to measure the drop on: give --eval DATA")
-
-
-@contextmanager
-def _work_dir(bundle_dir: Path) -> Iterator[Path]:
-    """A folder for what does not ship, inside the temporary bundle: the disk that was checked."""
-    import shutil
-
-    work_dir = bundle_dir / "work"
-    work_dir.mkdir()
-    try:
-        yield work_dir
-    finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
 
 
 def _resolve(request: BuildRequest) -> ResolvedModel:
