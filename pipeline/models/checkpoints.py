@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,25 +75,19 @@ def _parse(path: Path, data: bytes, parse: Callable[[bytes], Any]) -> Any:
     try:
         return parse(data)
     except Exception as error:  # each parser raises a dozen types on damaged bytes
-        code = _unsafe_globals(data)
+        # torch's own message goes on to recommend weights_only=False, which this never does.
+        code = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         if code:
             raise WeightsError(
-                f"weights file {path} holds pickled objects ({_listed(code)}); loading them could run any "
-                "code. Where you trust the file, load it yourself and save the tensors alone: "
+                f"weights file {path} holds more than tensors: its pickle calls {code[1]}, and loading that could "
+                "run any code. Where you trust the file, load it yourself and save the tensors alone: "
                 "torch.save(model.state_dict(), FILE), or safetensors"
             ) from error
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        detail = str(error).rpartition("WeightsUnpickler error: ")[2].strip().splitlines()
         raise WeightsError(
-            f"weights file {path} ({len(data)} bytes) is neither safetensors nor a torch checkpoint: {reason}"
+            f"weights file {path} ({len(data)} bytes) is neither safetensors nor a torch checkpoint, or is "
+            f"damaged: {detail[0] if detail else type(error).__name__}"
         ) from error
-
-
-def _unsafe_globals(data: bytes) -> list[str]:
-    try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception:  # not a zip archive, so nothing can be said about its content
-        return []
-    return [name for name in found if name != "argparse.Namespace"]
 
 
 def unwrap(checkpoint: Checkpoint, expected: Collection[str]) -> tuple[State, tuple[str, ...]]:
