@@ -120,6 +120,7 @@ class TestExif:
         Image.fromarray(picture()).save(tmp_path / "a.png", exif=exif)
         np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture())
 
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
     def test_corrupt_exif_does_not_lose_the_photograph(self, tmp_path: Path) -> None:
         Image.fromarray(picture()).save(tmp_path / "a.png", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x7f")
         np.testing.assert_array_equal(read_image(tmp_path / "a.png"), picture())
