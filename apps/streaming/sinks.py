@@ -25,6 +25,8 @@ __all__ = ["PredictionLog", "Recorder", "Sink", "Window", "window_obstacle"]
 _FREE_RESERVE_BYTES = 16 * 1024 * 1024
 _FREE_CHECK_S = 1.0
 _PROBE_TIMEOUT_S = 20.0
+_MAX_WINDOW_WIDTH = 1280
+_APPEAR_MS = 100
 
 
 class Sink(Protocol):
@@ -223,9 +225,15 @@ class Window:
 
     def write(self, frame: Frame, prediction: Prediction, picture: NDArray[np.uint8] | None) -> None:
         """Shows the picture and looks at the keyboard."""
+        assert picture is not None
         cv2 = self._cv2
         if not self._shown:
-            cv2.namedWindow(self._title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO)
+            cv2.namedWindow(self._title, cv2.WINDOW_NORMAL | cv2.WINDOW_KEEPRATIO | cv2.WINDOW_GUI_NORMAL)
+            height, width = picture.shape[:2]
+            scale = min(1.0, _MAX_WINDOW_WIDTH / width)
+            cv2.resizeWindow(self._title, round(width * scale), round(height * scale))
+            # Qt's window stays black for ever (seen with OpenCV 5.0 on X11) unless it may first appear.
+            cv2.waitKey(_APPEAR_MS)
             self._shown = True
         cv2.imshow(self._title, picture)
         key = cv2.waitKey(1) & 0xFF
