@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow check format schema clean
+.PHONY: help demo test test-slow check format docs clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -35,6 +35,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(INSTALLED)
+	$(BIN)/python -m typer apps.cli utils docs --name edgefold --title "Command line" --output docs/cli.md
 
 clean:
 	rm -rf .venv out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -34,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     rich_markup_mode="rich",
+    epilog="Exit codes: 0 done, 1 failure, 2 usage, 3 accuracy drop past the budget, 4 unsupported target or "
+    "environment, 5 a file is not what its manifest says, 6 device fault, 130 interrupted.",
 )
 
 

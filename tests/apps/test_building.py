@@ -1,0 +1,225 @@
+"""`edgefold build` on real parts: torch, the exporter, OpenVINO; small model, small images."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from apps.building import BuildRequest, build
+from apps.cli import main
+from pipeline.bundle import open_bundle
+from pipeline.errors import AccuracyGateError, DataError, EdgefoldError, UnsupportedError, UsageError
+
+FACTORY = '''
+import torch
+from torch import nn
+
+
+def classifier(num_classes=2):
+    """Tells the redder half of the images from the bluer: right by construction."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+    )
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].weight[0, 0] = 1.0
+        model[0].weight[1, 2] = 1.0
+        model[5].weight.zero_()
+        model[5].bias.zero_()
+        model[5].weight[0, 0] = 1.0
+        model[5].weight[1, 1] = 1.0
+    return model
+'''
+
+
+@pytest.fixture
+def model_py(tmp_path: Path) -> str:
+    path = tmp_path / "model.py"
+    path.write_text(FACTORY)
+    return f"{path}:classifier"
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Twenty images, red ones and blue ones, with enough noise that INT8 has something to do."""
+    rng = np.random.default_rng(0)
+    for name, tint in (("a_red", (150, 60, 60)), ("b_blue", (60, 60, 150))):
+        folder = tmp_path / "images" / name
+        folder.mkdir(parents=True)
+        for i in range(10):
+            pixels = np.clip(rng.normal(tint, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEFOLD_CACHE", str(tmp_path / "cache"))
+
+
+def quiet(what: str, done: int, total: int | None) -> None:
+    """A progress callback that draws nothing."""
+
+
+def request(model_py: str, images: Path, out: Path, **changes: object) -> BuildRequest:
+    settings: dict[str, object] = {
+        "model": model_py,
+        "out": out,
+        "calib": str(images),
+        "eval_data": str(images),
+        "input_size": 32,
+        **changes,
+    }
+    return BuildRequest(**settings)  # type: ignore[arg-type]
+
+
+def test_a_users_own_model_becomes_a_judged_bundle(model_py: str, images: Path, tmp_path: Path) -> None:
+    outcome = build(request(model_py, images, tmp_path / "bundle"), quiet)
+    bundle = open_bundle(tmp_path / "bundle")
+    assert bundle.manifest == outcome.bundle.manifest
+    assert {"model.onnx", "model.int8.onnx", "calibration.json", "report.html"} == set(bundle.manifest.files)
+    assert [stage.stage for stage in bundle.manifest.stages] == ["export", "fold", "quantize", "engine"]
+    assert bundle.manifest.labels == ("a_red", "b_blue")
+    assert bundle.manifest.preprocess_folded
+    assert bundle.manifest.accuracy is not None
+    # The colours are told apart, which they are not if red and blue are swapped on the way.
+    assert bundle.manifest.accuracy.fp32_top1 == 1.0
+    assert bundle.manifest.accuracy.int8_top1 == 1.0
+    assert list(tmp_path.glob(".bundle.tmp")) == []
+
+
+def test_each_stage_takes_what_the_one_before_made(model_py: str, images: Path, tmp_path: Path) -> None:
+    stages = build(request(model_py, images, tmp_path / "bundle"), quiet).bundle.manifest.stages
+    for before, after in itertools.pairwise(stages):
+        assert set(before.outputs) & set(after.inputs), f"{after.stage} does not start from {before.stage}"
+
+
+def test_fp32_needs_no_calibration(model_py: str, images: Path, tmp_path: Path) -> None:
+    plain = request(model_py, images, tmp_path / "bundle", precision="fp32", calib=None)
+    manifest = build(plain, quiet).bundle.manifest
+    assert manifest.engine.file == "model.onnx"
+    assert manifest.calibration is None
+    assert manifest.accuracy is not None
+    assert manifest.accuracy.drop_points == 0.0
+
+
+def test_past_the_budget_nothing_is_published(images: Path, tmp_path: Path) -> None:
+    # int8 loses what lies under a step: the second class differs by a thousandth of the range.
+    (tmp_path / "fragile.py").write_text(
+        FACTORY.replace(
+            "model[5].weight[0, 0] = 1.0", "model[5].weight[0, 0] = 1.0; model[5].bias[0] = 300.0"
+        )
+        .replace("model[5].weight[1, 1] = 1.0", "model[5].weight[1, 1] = 1.0; model[5].bias[1] = 300.0")
+        .replace(
+            "model[0].weight[1, 2] = 1.0",
+            "model[0].weight[1, 2] = 1.0; model[0].weight[2] = 1000.0",
+        )
+        .replace(
+            "model[5].weight.zero_()",
+            "model[5].weight.zero_(); model[5].weight[:, 2] = 1.0",
+        )
+    )
+    before = build(request(f"{tmp_path / 'fragile.py'}:classifier", images, tmp_path / "bundle"), quiet)
+    assert before.validation is not None
+    assert before.validation.total.drop_points > 0.5, "the model is meant to suffer from int8"
+    previous = (tmp_path / "bundle" / "manifest.json").read_bytes()
+    with pytest.raises(AccuracyGateError, match="past the budget") as raised:
+        build(
+            request(
+                f"{tmp_path / 'fragile.py'}:classifier", images, tmp_path / "bundle", max_drop_points=0.5
+            ),
+            quiet,
+        )
+    assert raised.value.exit_code == 3
+    assert (tmp_path / "bundle" / "manifest.json").read_bytes() == previous
+    open_bundle(tmp_path / "bundle")
+
+
+def test_bad_requests_are_refused_before_any_work(model_py: str, images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    for changes, error, words in (
+        ({"calib": None}, UsageError, "--calib"),
+        ({"target": "jetson-orin-nx"}, UnsupportedError, "cpu"),
+        ({"precision": "fp16"}, UnsupportedError, "fp16"),
+        ({"eval_data": None, "max_drop_points": 0.5}, UsageError, "--eval"),
+        ({"engine": "tensorrt-9"}, UnsupportedError, "openvino"),
+    ):
+        with pytest.raises(error, match=words):
+            build(request(model_py, images, out, **changes), quiet)
+    assert not out.exists()
+
+
+def test_too_few_images_are_refused_and_listed(model_py: str, tmp_path: Path) -> None:
+    folder = tmp_path / "few"
+    folder.mkdir()
+    for i in range(7):
+        Image.new("RGB", (40, 40), (i, i, i)).save(folder / f"{i}.png")
+    for i in range(5):
+        (folder / f"broken{i}.png").write_bytes(b"not an image")
+    few = request(model_py, folder, tmp_path / "bundle", eval_data=None)
+    with pytest.raises(DataError, match=r"broken0\.png"):
+        build(few, quiet)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_labels_that_do_not_fit_are_refused(model_py: str, images: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("red\ngreen\nblue\n")
+    with pytest.raises(DataError, match="3 classes"):
+        build(request(model_py, images, tmp_path / "bundle", labels=labels), quiet)
+
+
+@pytest.mark.parametrize("stage", ["export", "calibrate", "judging"])
+def test_an_interrupt_leaves_nothing(model_py: str, images: Path, tmp_path: Path, stage: str) -> None:
+    def interrupt(what: str, done: int, total: int | None) -> None:
+        if what == stage or (stage == "export" and what == "stages"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(request(model_py, images, tmp_path / "bundle"), interrupt)
+    assert not (tmp_path / "bundle").exists()
+    assert [path.name for path in tmp_path.iterdir() if "tmp" in path.name] == []
+
+
+def test_a_full_disk_leaves_the_old_bundle(
+    model_py: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(request(model_py, images, tmp_path / "bundle"), quiet)
+
+    def full(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("apps.report.render_report", full)
+    with pytest.raises(EdgefoldError, match="No space left"):
+        build(request(model_py, images, tmp_path / "bundle"), quiet)
+    open_bundle(tmp_path / "bundle")
+
+
+def test_the_command_prints_json_and_exit_codes(
+    model_py: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "bundle"
+    arguments = ["build", model_py, "--calib", str(images), "--input-size", "32", "--out", str(out), "--json"]
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["bundle"] == str(out)
+    (out / "model.int8.onnx").write_bytes(b"edited")
+    for wrong, code in (
+        (["validate", str(out), "--data", str(images)], 5),
+        (["build", "inception_v33", "--calib", str(images), "--out", str(tmp_path / "x")], 2),
+        (["build", model_py, "--target", "toaster", "--calib", str(images), "--out", str(tmp_path / "x")], 4),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            main(wrong)
+        assert raised.value.code == code, wrong
+    assert "inception_v3" in capfd.readouterr().err, "near names are offered"
