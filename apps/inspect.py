@@ -78,11 +78,12 @@ def inspect_command(
 
 
 def _print(inspection: Inspection) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from apps.console import console
 
-    console.print(f"[bold]{inspection.model}[/bold]", highlight=False)
+    console.print(f"[bold]{escape(inspection.model)}[/bold]", highlight=False)
     for summary in list(inspection.graphs.values())[1:2]:
         for direction, specs in (("input", summary.inputs), ("output", summary.outputs)):
             for spec in specs:
@@ -93,9 +94,11 @@ def _print(inspection: Inspection) -> None:
     reasons = [(record.name, *entry) for record in inspection.passes for entry in record.skipped]
     if not reasons:
         return
-    table = Table("pass", "left alone", "because", title="What stayed, and why", title_justify="left")
-    for row in reasons[:_MAX_REASONS]:
-        table.add_row(*map(_plain, row))
+    table = Table(title="What stayed, and why", title_justify="left")
+    table.add_column("left alone by pass")
+    table.add_column("because")
+    for name, node, reason in reasons[:_MAX_REASONS]:
+        table.add_row(f"{name}\n[bold]{escape(node)}[/bold]", escape(reason))
     console.print(table)
     if len(reasons) > _MAX_REASONS:
         console.print(f"{len(reasons) - _MAX_REASONS} more: --json has them all")
@@ -121,8 +124,8 @@ def _passes(passes: tuple[PassRecord, ...]) -> Table:
     from rich.table import Table
 
     table = Table(title="Passes", title_justify="left")
-    table.add_column("pass")
-    for heading in ("rewrites", "left alone", "seconds", "max error", "SQNR dB"):
+    table.add_column("pass", no_wrap=True)
+    for heading in ("done", "left alone", "seconds", "max error", "SQNR dB"):
         table.add_column(heading, justify="right")
     for record in passes:
         error = "" if record.max_abs_error is None else f"{record.max_abs_error:.1e}"
@@ -136,9 +139,3 @@ def _passes(passes: tuple[PassRecord, ...]) -> Table:
             sqnr,
         )
     return table
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, StageRecord
@@ -23,10 +24,10 @@ from pipeline.metrics import max_abs_error, sqnr_db
 from pipeline.onnx_files import file_sha256, interface, load_proto, opset_of, save_model
 from pipeline.passes.graph_pass import EXACT_ALGEBRA, Feeds
 from pipeline.passes.tidy import tidy
-from pipeline.passes.verify import Execute, execute, seeded_feeds
+from pipeline.passes.verify import Execute, execute
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 __all__ = ["MIN_OPSET", "export_module", "import_onnx", "load_current"]
 
@@ -75,7 +76,9 @@ def export_module(
     started = time.monotonic()
     module = module.eval().float().cpu()
     # torch.export specializes a dimension of 1, so a free batch is traced with 2.
-    example = torch.zeros(batch or 2, 3, *input_hw)
+    example = torch.from_numpy(_seeded_images((batch or 2, 3, *input_hw)))
+    expected = _logits(module, example)
+    _check_labels(labels, expected.shape[1])
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -100,16 +103,7 @@ def export_module(
     del program
     tidy(model)
     common.ClearMetadataAndDocStringPass()(model)  # stack traces with the paths of this machine
-    outputs = interface(model)[1]
-    if len(outputs) != 1 or len(outputs[0].shape) != 2:
-        raise ExportError(
-            f"{type(module).__name__} returns {[list(spec.shape) for spec in outputs]}; a classifier "
-            "returns one tensor of logits [batch, classes]: drop auxiliary heads"
-        )
-    _check_labels(labels, outputs[0].shape[1])
-    feeds = seeded_feeds(model, _PARITY_SEED)
-    with torch.inference_mode():
-        expected = module(torch.from_numpy(feeds["input"])).numpy()
+    feeds = {"input": example.numpy()}
     checks = {**_parity(expected, model, feeds, run), "opset": opset_of(model)}
     return _write(model, preprocess, out_path, labels, "export", (), started, checks)
 
@@ -199,11 +193,38 @@ def _input_hw(shape: tuple[int | str, ...], preprocess: PreprocessSpec) -> tuple
     return int(height), int(width)
 
 
-def _parity(expected: np.ndarray[Any, Any], model: ir.Model, feeds: Feeds, run: Execute) -> dict[str, float]:
+def _seeded_images(shape: tuple[int, ...]) -> NDArray[np.float32]:
+    return np.random.default_rng(_PARITY_SEED).standard_normal(shape, dtype=np.float32)
+
+
+def _logits(module: nn.Module, images: Tensor) -> NDArray[np.float32]:
+    """What the module itself says; raises `ExportError` where that is no classifier's answer."""
+    import torch
+
+    name = type(module).__name__
+    try:
+        with torch.inference_mode():
+            logits = module(images)
+    except Exception as error:
+        raise ExportError(f"{name} cannot run on {tuple(images.shape)}: {_first_line(error)}") from error
+    if not isinstance(logits, torch.Tensor) or logits.ndim != 2:
+        what = (
+            f"a tensor of {logits.ndim} axes" if isinstance(logits, torch.Tensor) else type(logits).__name__
+        )
+        raise ExportError(
+            f"{name} returns {what}; a classifier returns one tensor of logits [batch, classes]: drop auxiliary heads"
+        )
+    values: NDArray[np.float32] = logits.numpy()
+    if not np.isfinite(values).all():
+        raise ExportError(
+            f"the logits of {name} hold NaN or Inf for standard normal input; check its weights"
+        )
+    return values
+
+
+def _parity(expected: NDArray[np.float32], model: ir.Model, feeds: Feeds, run: Execute) -> dict[str, float]:
     """Compare the graph's logits with PyTorch's; the limits are those of an exact rewrite."""
     logits = run(model, feeds)["logits"]
-    if not np.isfinite(expected).all():
-        raise ExportError("the module's logits hold NaN or Inf for standard normal input; check its weights")
     if logits.shape != expected.shape:
         raise ExportError(f"the graph returns logits of shape {logits.shape}, the module {expected.shape}")
     limit = EXACT_ALGEBRA.relative * float(np.abs(expected).max())
