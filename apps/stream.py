@@ -29,13 +29,9 @@ class _Policy(str, Enum):
     every = "every"
 
 
-class _Engine(str, Enum):
-    openvino = "openvino"
-    onnxruntime = "onnxruntime"
-
-
 class _Precision(str, Enum):
     int8 = "int8"
+    fp16 = "fp16"
     fp32 = "fp32"
 
 
@@ -71,11 +67,16 @@ def stream_command(
     max_frames: Annotated[
         int | None, typer.Option(help="End after classifying this many frames.", show_default=False)
     ] = None,
-    engine: Annotated[_Engine, typer.Option(help="What runs the model.")] = _Engine.openvino,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="openvino or onnxruntime; the one the bundle was built for if not given.", show_default=False
+        ),
+    ] = None,
     precision: Annotated[
         _Precision | None,
         typer.Option(
-            help="Which of the bundle's models; int8 by default where there is one.", show_default=False
+            help="fp32 runs the folded model instead of the bundle's engine, to compare.", show_default=False
         ),
     ] = None,
     fps: Annotated[
@@ -99,7 +100,7 @@ def stream_command(
             policy=None if policy is None else policy.value,
             max_seconds=max_seconds,
             max_frames=max_frames,
-            engine=engine.value,
+            engine=engine,
             precision=None if precision is None else precision.value,
             fps=fps,
             cache_dir=cache_dir("engines"),

@@ -24,7 +24,7 @@ from apps.streaming.predictions import Prediction
 from apps.streaming.queues import DropPolicy
 from apps.streaming.runtime import END_OF_SOURCE, StreamRuntime
 from apps.streaming.sinks import PredictionLog, Recorder, Sink, Window, window_obstacle
-from apps.streaming.sources import Source, open_source, parse_source
+from apps.streaming.sources import ModelClasses, Source, open_source, parse_source
 from pipeline.artifacts import EngineArtifact, EngineOptions, Frame
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.contracts import Runner
@@ -33,9 +33,9 @@ from pipeline.preprocess import normalize, to_network_pixels
 
 __all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
 
-StreamPrecision = Literal["int8", "fp32"]
+StreamPrecision = Literal["int8", "fp16", "fp32"]
 
-_MODEL_FILES: dict[StreamPrecision, str] = {"int8": "model.int8.onnx", "fp32": "model.onnx"}
+_FOLDED_NAME = "model.onnx"
 _USER_CLOSED = "window closed"
 
 
@@ -85,7 +85,7 @@ def run_stream(
     policy: DropPolicy | None = None,
     max_seconds: float | None = None,
     max_frames: int | None = None,
-    engine: str = "openvino",
+    engine: str | None = None,
     precision: StreamPrecision | None = None,
     fps: float | None = None,
     cache_dir: Path | None = None,
@@ -106,8 +106,8 @@ def run_stream(
             Under ``newest`` a file plays at its own rate.
         max_seconds: end after this time.
         max_frames: end after inferring this many frames.
-        engine: a name of `engines.BACKENDS`.
-        precision: which of the bundle's models; by default int8 where there is one.
+        engine: a name of `engines.BACKENDS`; by default the one the bundle was built for.
+        precision: ``fp32`` runs the folded model instead of the bundle's engine, to compare.
         fps: rate of a synthetic camera or an image folder.
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
         display: what the terminal shows meanwhile.
@@ -127,11 +127,12 @@ def run_stream(
         raise UsageError(f"--max-seconds {max_seconds:g} leaves nothing to do; give more than 0")
     uri = parse_source(source)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    chosen = precision or ("int8" if _MODEL_FILES["int8"] in opened.manifest.files else "fp32")
-    labels = opened.manifest.labels
+    precision = precision or opened.manifest.precision
+    engine = engine or opened.manifest.engine.backend
+    classes = _model_classes(opened)
     notes: list[str] = []
     with ExitStack() as stack:
-        frames = open_source(uri, labels, fps)
+        frames = open_source(uri, classes, fps)
         runtime: StreamRuntime | None = None
 
         def close_source() -> None:
@@ -144,7 +145,7 @@ def run_stream(
         sinks, window = _open_sinks(frames, chosen_policy, record, predictions, headless, notes)
         # Here for an engine that does not load; after a run they are closed below, under the signals.
         stack.enter_context(_closing(sinks))
-        runner = _load_runner(opened, engine, chosen, cache_dir)
+        runner = _load_runner(opened, engine, precision, cache_dir)
 
         def close_runner() -> None:
             if runtime is None or not runtime.engine_stuck:
@@ -156,7 +157,7 @@ def run_stream(
             frames,
             runner,
             _preparer(opened, runner),
-            labels,
+            frames.labels,
             chosen_policy,
             metrics,
             pace_fps=_pace_fps(frames, chosen_policy, fps),
@@ -183,7 +184,7 @@ def run_stream(
         bundle=str(opened.path),
         source=source,
         engine=engine,
-        precision=chosen,
+        precision=precision,
         policy=chosen_policy,
         ended=ended,
         seconds=seconds,
@@ -293,15 +294,23 @@ def _signals(request_stop: Callable[[str], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _model_classes(bundle: Bundle) -> ModelClasses:
+    labels, count = bundle.manifest.labels, bundle.manifest.model.num_classes
+    if labels and len(labels) != count:
+        raise IntegrityError(
+            f"the bundle {bundle.path} names {len(labels)} labels for {count} classes; build it again"
+        )
+    return ModelClasses(labels, count)
+
+
 def _load_runner(bundle: Bundle, engine: str, precision: StreamPrecision, cache_dir: Path | None) -> Runner:
     """The engine on the bundle's model file, with the interface that the manifest promises."""
     backend = engines.get_backend(engine)
-    name = _MODEL_FILES[precision]
-    if name not in bundle.manifest.files:
-        raise UsageError(
-            f"the bundle {bundle.path} has no {precision} model; it was built with "
-            f"--precision {bundle.manifest.precision}"
-        )
+    manifest = bundle.manifest
+    names = {"fp32": _FOLDED_NAME, manifest.precision: manifest.engine.file}
+    if precision not in names:
+        raise UsageError(f"the bundle {bundle.path} has {' and '.join(names)} models, none in {precision}")
+    name = names[precision]
     artifact = EngineArtifact(
         path=bundle.file(name),
         sha256=bundle.sha256(name),
@@ -310,12 +319,12 @@ def _load_runner(bundle: Bundle, engine: str, precision: StreamPrecision, cache_
         fingerprint=backend.fingerprint(),
     )
     runner = backend.load(artifact, EngineOptions(mode="latency", batch=1, cache_dir=cache_dir))
-    n_labels, n_scores = len(bundle.manifest.labels), runner.outputs[0].shape[-1]
-    if isinstance(n_scores, int) and n_scores != n_labels:
+    n_scores = runner.outputs[0].shape[-1]
+    if isinstance(n_scores, int) and n_scores != manifest.model.num_classes:
         runner.close()
         raise IntegrityError(
-            f"the model in {bundle.path} gives {n_scores} scores, its manifest names {n_labels} labels; "
-            "build the bundle again"
+            f"the model in {bundle.path} gives {n_scores} scores, its manifest says "
+            f"{manifest.model.num_classes} classes; build the bundle again"
         )
     return runner
 

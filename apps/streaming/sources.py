@@ -27,7 +27,7 @@ from pipeline.errors import DataError, DeviceFaultError, UnsupportedError, Usage
 from pipeline.synthetic import CLASS_NAMES, SyntheticCamera
 from pipeline.validation import match_labels
 
-__all__ = ["DEFAULT_FPS", "Delivered", "Source", "SourceUri", "open_source", "parse_source"]
+__all__ = ["DEFAULT_FPS", "Delivered", "ModelClasses", "Source", "SourceUri", "open_source", "parse_source"]
 
 DEFAULT_FPS = 30.0
 _FORMS = "synthetic:SEED[:COUNT], a video file, an image folder, an .npz file, or /dev/videoN"
@@ -59,6 +59,24 @@ class Delivered:
     label: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class ModelClasses:
+    """The classes of the engine: how many scores it gives, and what they are called."""
+
+    labels: tuple[str, ...]
+    """As many as `count`; or none, where the model came without names."""
+    count: int
+
+    def named(self, source_names: Sequence[str] | None, notes: list[str]) -> tuple[str, ...]:
+        """The labels; without them the source's class names where they are as many, else numbers."""
+        if self.labels:
+            return self.labels
+        if source_names is not None and len(source_names) == self.count:
+            return tuple(source_names)
+        notes.append("the bundle names no classes, so they are numbered; give --labels to edgefold build")
+        return tuple(str(index) for index in range(self.count))
+
+
 class Source(Protocol):
     """One open source, read by one thread."""
 
@@ -71,6 +89,8 @@ class Source(Protocol):
     """Whether `read` itself waits for the next frame (a camera); the others deliver at once."""
     fps: float
     """Nominal rate; a recording plays at it."""
+    labels: tuple[str, ...]
+    """The engine's classes by name, see `ModelClasses.named`."""
     notes: list[str]
     """What the user should know about how the source was read."""
 
@@ -112,13 +132,13 @@ def parse_source(uri: str) -> SourceUri:
     raise DataError(f"no such file or folder: {uri!r} (looked in {Path.cwd()}); a source is {_FORMS}")
 
 
-def open_source(uri: SourceUri, labels: Sequence[str], fps: float | None = None) -> Source:
+def open_source(uri: SourceUri, classes: ModelClasses, fps: float | None = None) -> Source:
     """Opens a source.
 
     Args:
         uri: from `parse_source`.
-        labels: the bundle's class names; a source that knows the truth gives it in these indices,
-            and gives none where its classes are not these.
+        classes: the bundle's; a source that knows the truth gives it in their indices, and gives none
+            where its own classes are not among them.
         fps: rate of a synthetic camera or an image folder; the others have their own.
 
     Raises:
@@ -129,14 +149,14 @@ def open_source(uri: SourceUri, labels: Sequence[str], fps: float | None = None)
     if fps is not None and not 0 < fps <= _MAX_FPS:
         raise UsageError(f"--fps {fps:g} is out of range; give more than 0 and at most {_MAX_FPS:g}")
     if uri.kind == "synthetic":
-        return _SyntheticSource(uri, labels, fps or DEFAULT_FPS)
+        return _SyntheticSource(uri, classes, fps or DEFAULT_FPS)
     if uri.kind == "images":
-        return _ImageSource(uri, labels, fps or DEFAULT_FPS)
+        return _ImageSource(uri, classes, fps or DEFAULT_FPS)
     if fps is not None:
         raise UsageError(
             f"--fps sets the rate of a synthetic camera or an image folder; {uri.text} has its own"
         )
-    return _VideoSource(uri) if uri.kind == "video" else _CameraSource(uri)
+    return _VideoSource(uri, classes) if uri.kind == "video" else _CameraSource(uri, classes)
 
 
 def _parse_synthetic(uri: str) -> SourceUri:
@@ -169,7 +189,7 @@ class _TruthMap:
     """The source's classes in the bundle's indices, matched as validation matches them."""
 
     def __init__(
-        self, names: Sequence[str] | None, labels: Sequence[str], source: str, notes: list[str]
+        self, names: Sequence[str] | None, labels: tuple[str, ...], source: str, notes: list[str]
     ) -> None:
         self._indices: list[int] | None = None
         if names is None:
@@ -195,7 +215,7 @@ class _SyntheticSource:
     color: Literal["RGB", "BGR"] = "RGB"
     self_paced = False
 
-    def __init__(self, uri: SourceUri, labels: Sequence[str], fps: float) -> None:
+    def __init__(self, uri: SourceUri, classes: ModelClasses, fps: float) -> None:
         self.source_id = uri.text
         self.live = uri.count is None
         self.fps = fps
@@ -203,7 +223,8 @@ class _SyntheticSource:
         self._camera = SyntheticCamera(uri.seed)
         self._count = uri.count
         self._index = 0
-        self._truth = _TruthMap(CLASS_NAMES, labels, uri.text, self.notes)
+        self.labels = classes.named(CLASS_NAMES, self.notes)
+        self._truth = _TruthMap(CLASS_NAMES, self.labels, uri.text, self.notes)
 
     def read(self) -> Delivered | None:
         if self._index == self._count:
@@ -221,12 +242,18 @@ class _ImageSource:
     live = False
     self_paced = False
 
-    def __init__(self, uri: SourceUri, labels: Sequence[str], fps: float) -> None:
+    def __init__(self, uri: SourceUri, classes: ModelClasses, fps: float) -> None:
         self.source_id = uri.text
         self.fps = fps
         self.notes: list[str] = []
-        self._dataset = open_dataset(str(uri.path))
-        self._truth = _TruthMap(self._dataset.class_names, labels, uri.text, self.notes)
+        # As validation opens and matches it, so that both judge by the same indices.
+        try:
+            self._dataset = open_dataset(str(uri.path), labels=classes.labels or None)
+        except DataError:
+            self._dataset = open_dataset(str(uri.path))
+        names = self._dataset.class_names
+        self.labels = classes.named(names, self.notes)
+        self._truth = _TruthMap(names, self.labels, uri.text, self.notes)
         self._samples: Iterator[Sample] = iter(self._dataset)
         self._skips_seen = len(self._dataset.skipped)
 
@@ -254,10 +281,11 @@ class _VideoSource:
     live = False
     self_paced = False
 
-    def __init__(self, uri: SourceUri) -> None:
+    def __init__(self, uri: SourceUri, classes: ModelClasses) -> None:
         cv2 = opencv.load(f"reading the video {uri.text}")
         self.source_id = uri.text
         self.notes: list[str] = []
+        self.labels = classes.named(None, self.notes)
         available = set(cv2.videoio_registry.getStreamBackends())
         # The timeouts are read only at opening, and only where the back-end is named.
         backend = next((b for b in (cv2.CAP_FFMPEG, cv2.CAP_GSTREAMER) if b in available), None)
@@ -304,10 +332,11 @@ class _CameraSource:
     live = True
     self_paced = True
 
-    def __init__(self, uri: SourceUri) -> None:
+    def __init__(self, uri: SourceUri, classes: ModelClasses) -> None:
         cv2 = opencv.load(f"reading the camera {uri.text}")
         self.source_id = uri.text
         self.notes: list[str] = []
+        self.labels = classes.named(None, self.notes)
         self._capture = cv2.VideoCapture(int(uri.path.name[len("video") :]), cv2.CAP_V4L2)
         if not self._capture.isOpened():
             raise DeviceFaultError(

@@ -91,6 +91,7 @@ class ListSource:
     ) -> None:
         self.live = live
         self.fps = 30.0
+        self.labels = LABELS
         self.notes: list[str] = []
         self.n_read = 0
         self._items = items
@@ -114,7 +115,9 @@ def solid(bgr: tuple[int, int, int], hw: tuple[int, int] = (24, 32)) -> NDArray[
     return np.full((*hw, 3), bgr, np.uint8)
 
 
-def write_bundle(path: Path, graph: str = MEAN_COLOR, labels: tuple[str, ...] = LABELS) -> Path:
+def write_bundle(
+    path: Path, graph: str = MEAN_COLOR, labels: tuple[str, ...] = LABELS, num_classes: int | None = None
+) -> Path:
     """A real bundle around a graph in ONNX text."""
     model = onnx.parser.parse_model(graph)
     with BundleWriter(path) as writer:
@@ -127,7 +130,7 @@ def write_bundle(path: Path, graph: str = MEAN_COLOR, labels: tuple[str, ...] = 
             tools={},
             target="cpu",
             precision="int8",
-            model=ModelSource("mean_color", "none", None, len(labels)),
+            model=ModelSource("mean_color", "none", None, num_classes or len(labels)),
             inputs=(TensorSpec("input", "uint8", ("batch", 16, 16, 3)),),
             outputs=(TensorSpec("logits", "float32", ("batch", 3)),),
             preprocess=PreprocessSpec(input_hw=(16, 16)),

@@ -102,7 +102,7 @@ def test_newest_drops_and_stays_fresh_when_the_engine_is_slow(list_source, fake_
     assert state.frames_inferred >= 10
     assert stream.balanced()
     # A frame waits for at most the one before it, then is inferred; `every` would let it grow stale.
-    assert state.latency["age"].p50_ms < 1e3 * (2 * engine_s + period_s) * 1.3
+    assert state.latency["age"].p50_ms < 1e3 * (2 * engine_s + period_s) * 1.6
     indices = [p.frame_index for p in stream.predictions]
     assert indices == sorted(indices)
 
@@ -114,7 +114,7 @@ def test_slow_output_under_newest_stays_bounded(list_source, fake_runner) -> Non
         stream.run()
     state = stream.metrics.snapshot()
     assert state.dropped["newer frame"] > 50
-    assert state.latency["age"].p95_ms < 30 * 4.5
+    assert state.latency["age"].p95_ms < 30 * 7  # three outputs and a little; the source is 100 frames
     assert stream.balanced()
 
 
