@@ -126,7 +126,7 @@ def prepare(model: str, folder: Path, given: argparse.Namespace) -> None:
     """Make every file of `CANDIDATES` in `folder` that is not there yet."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "model.int8.onnx").exists():
-        _build_ours(model, folder, given)
+        build_ours(model, folder, given)
     if given.peer_python is None:
         print("no --peer-python: NNCF is left out", file=sys.stderr)
         return
@@ -139,7 +139,8 @@ def prepare(model: str, folder: Path, given: argparse.Namespace) -> None:
             subprocess.run([str(given.peer_python), __file__, "nncf", *files], check=True)
 
 
-def _build_ours(model: str, folder: Path, given: argparse.Namespace) -> None:
+def build_ours(model: str, folder: Path, given: argparse.Namespace) -> None:
+    """``exported.onnx``, ``model.onnx``, ``model.int8.onnx`` and the calibration images, in `folder`."""
     from calibration.quantizer import StaticQuantizer
     from engines import get_backend
     from engines.openvino import fp32_runner

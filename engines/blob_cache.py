@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +29,8 @@ MAX_CACHE_BYTES = 2 << 30
 
 _DIGEST_BYTES = 32
 _SUFFIX = ".blob"
+_TEMPORARY_SUFFIX = ".blob.tmp"
+_STALE_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -72,7 +75,9 @@ class BlobCache:
         temporary: Path | None = None
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, suffix=".tmp", delete=False) as file:
+            with tempfile.NamedTemporaryFile(
+                dir=self._folder, suffix=_TEMPORARY_SUFFIX, delete=False
+            ) as file:
                 temporary = Path(file.name)
                 file.write(hashlib.sha256(blob).digest())
                 file.write(blob)
@@ -104,4 +109,7 @@ class BlobCache:
         for index, (_, size, path) in enumerate(entries):
             total += size
             if index and total > self._max_bytes:  # the newest stays whatever its size
+                path.unlink(missing_ok=True)
+        for path in self._folder.glob("*" + _TEMPORARY_SUFFIX):  # of processes killed while writing
+            if time.time() - path.stat().st_mtime > _STALE_S:
                 path.unlink(missing_ok=True)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 
 import numpy as np
 import pytest
@@ -50,8 +52,6 @@ def test_least_recently_used_goes_first(tmp_path):
     for index, key in enumerate("abc"):
         cache.put(key, bytes(100))
         if key == "b":
-            import os
-
             os.utime(tmp_path / "a.blob", ns=(10**18, 10**18))
             os.utime(tmp_path / "b.blob", ns=(10**18 + index, 10**18 + index))
             assert cache.get("a") is not None  # now `b` is the oldest
@@ -62,6 +62,14 @@ def test_one_entry_larger_than_the_limit_is_kept(tmp_path):
     cache = BlobCache(tmp_path, max_bytes=10)
     cache.put("a", bytes(100))
     assert cache.get("a") == bytes(100)
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    for name, age_s in (("old.blob.tmp", 7200), ("new.blob.tmp", 0)):
+        (tmp_path / name).write_bytes(b"half an entry")
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    BlobCache(tmp_path).put("a", b"x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.blob", "new.blob.tmp"]
 
 
 def test_an_unusable_folder_is_a_warning(tmp_path, caplog):

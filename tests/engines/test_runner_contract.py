@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 
 import numpy as np
+import onnx.parser
 import pytest
 
 from engines import BACKENDS, get_backend
-from pipeline.artifacts import EngineOptions
+from pipeline.artifacts import EngineArtifact, EngineOptions
 from pipeline.contracts import EngineBackend, Runner
 from pipeline.errors import EngineError, IntegrityError, UsageError
 
@@ -79,6 +81,27 @@ def test_non_contiguous_and_read_only_inputs(runner, tiny):
     )
     x.flags.writeable = False
     np.testing.assert_allclose(runner.infer({"input": x})["logits"], tiny.expected(x), atol=tiny.atol, rtol=0)
+
+
+def test_inputs_are_not_written_to(backend, tmp_path):
+    """Inputs are handed over without a copy; an element-wise first layer might work in place."""
+    text = """<ir_version: 9, opset_import: ["" : 18]>
+        g (float[batch,4] x) => (float[batch,4] y) <float two = {2}> { r = Relu(x)  y = Mul(r, two) }"""
+    data = onnx.parser.parse_model(text).SerializeToString()
+    (tmp_path / "m.onnx").write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    artifact = EngineArtifact(tmp_path / "m.onnx", sha256, sha256, backend.name, backend.fingerprint())
+    for batch in (None, 2):
+        with backend.load(artifact, EngineOptions(threads=1, batch=batch)) as runner:
+            x = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
+            before = x.copy()
+            y = runner.infer({"x": x})["y"]
+            assert np.array_equal(x, before)
+            assert np.array_equal(runner.submit({"x": x}).result(timeout=30)["y"], y)
+            assert np.array_equal(x, before)
+            assert np.array_equal(y, 2 * np.maximum(before, 0))
+            y[:] = -7  # nor are outputs inputs
+            assert np.array_equal(x, before)
 
 
 def test_wrong_inputs_name_both_sides(runner, tiny):
@@ -252,8 +275,6 @@ def test_missing_file_and_wrong_backend(backend, artifact):
 
 
 def test_garbage_is_a_named_error(backend, tiny, tmp_path):
-    import hashlib
-
     data = b"this is no ONNX file" * 50
     path = tmp_path / "garbage.onnx"
     path.write_bytes(data)
