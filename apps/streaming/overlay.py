@@ -72,7 +72,7 @@ class OverlayPainter:
         if scale != 1.0:
             # Few pixels enlarged a lot are shown as they are; a blur would claim detail nobody saw.
             method = cv2.INTER_NEAREST if scale >= _PIXEL_ART_SCALE else cv2.INTER_LINEAR
-            size = (max(1, round(width * scale)), max(1, round(height * scale)))
+            size = (2 * max(1, round(width * scale / 2)), 2 * max(1, round(height * scale / 2)))
             bgr = cv2.resize(np.ascontiguousarray(bgr), size, interpolation=method)
         height, width = bgr.shape[:2]
         canvas_h = max(height + height % 2, MIN_CANVAS_HW[0])

@@ -24,7 +24,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 from typing import Any
 
@@ -148,7 +147,7 @@ class StreamRuntime:
 
         Args:
             on_prediction: called in order, in this thread; its time counts as postprocessing.
-            on_tick: called at least ten times a second, in this thread.
+            on_tick: called between frames, and while none comes, in this thread.
 
         Returns:
             Why it ended.
@@ -200,15 +199,8 @@ class StreamRuntime:
     def _result_of(self, item: _InFlight) -> Outputs | None:
         """Waits for the engine; ``None`` when told to stop and it does not answer in time."""
         waiting_since_s = time.monotonic()
-        while True:
-            try:
-                return item.future.result(timeout=_POLL_S)
-            except FutureTimeoutError:
-                waited_s = time.monotonic() - waiting_since_s
-            except EdgefoldError:
-                raise
-            except Exception as error:
-                raise EngineError(f"the engine failed on frame {item.frame.index}: {error}") from error
+        while not wait([item.future], timeout=_POLL_S).done:
+            waited_s = time.monotonic() - waiting_since_s
             if self._stop_reason is not None and self._drain_deadline_s is None:
                 self._stop_feeding()
             if self._drain_deadline_s is not None and time.monotonic() >= self._drain_deadline_s:
@@ -221,6 +213,12 @@ class StreamRuntime:
                     f"the engine has not answered for {waited_s:.0f} s (limit {self._engine_stall_s:.0f} s) "
                     f"on frame {item.frame.index}; restart the process"
                 )
+        try:
+            return item.future.result()
+        except EdgefoldError:
+            raise
+        except Exception as error:
+            raise EngineError(f"the engine failed on frame {item.frame.index}: {error}") from error
 
     def _finish(
         self, item: _InFlight, outputs: Outputs, on_prediction: Callable[[Frame, Prediction], None]

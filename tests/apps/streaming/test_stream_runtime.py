@@ -235,6 +235,14 @@ def test_an_error_in_any_stage_ends_the_run(stage: str, policy: str, list_source
     assert no_stream_threads()
 
 
+def test_an_engine_that_times_out_by_itself_is_not_waited_for(list_source, fake_runner) -> None:
+    def time_out(pixels: NDArray[Any]) -> NDArray[Any]:
+        raise TimeoutError("driver")
+
+    with fake_runner(time_out) as runner, pytest.raises(EngineError, match="frame 0: driver"):
+        Stream(list_source([picture()]), runner).run()
+
+
 def test_nan_scores_end_the_run(list_source, fake_runner) -> None:
     with fake_runner(lambda pixels: np.full((1, 3), np.nan, np.float32)) as runner:
         stream = Stream(list_source([picture()]), runner)
