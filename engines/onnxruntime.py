@@ -27,7 +27,7 @@ from engines.base import (
 from engines.fingerprint import make_fingerprint
 from engines.model_file import read_model_bytes
 from pipeline.artifacts import EngineArtifact, EngineOptions, Fingerprint, ModelArtifact, TensorSpec
-from pipeline.contracts import Runner
+from pipeline.contracts import EngineBackend, Runner
 from pipeline.errors import EngineError
 
 __all__ = ["BACKEND", "OnnxRuntimeBackend", "OnnxRuntimeRunner", "fp32_runner"]
@@ -78,7 +78,7 @@ class OnnxRuntimeBackend:
         return make_fingerprint(self.name, ort.__version__)
 
 
-BACKEND = OnnxRuntimeBackend()
+BACKEND: EngineBackend = OnnxRuntimeBackend()
 
 
 def fp32_runner(path: Path, extra_outputs: Sequence[str] = ()) -> Runner:

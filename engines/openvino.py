@@ -30,7 +30,7 @@ from engines.blob_cache import BlobCache, blob_key
 from engines.fingerprint import make_fingerprint
 from engines.model_file import read_model_bytes
 from pipeline.artifacts import EngineArtifact, EngineOptions, Fingerprint, ModelArtifact, TensorSpec
-from pipeline.contracts import Runner
+from pipeline.contracts import EngineBackend, Runner
 from pipeline.errors import EngineError
 
 __all__ = ["BACKEND", "OpenVinoBackend", "OpenVinoRunner", "fp32_runner"]
@@ -81,14 +81,14 @@ class OpenVinoBackend:
         return make_fingerprint(self.name, ov.get_version())
 
 
-BACKEND = OpenVinoBackend()
+BACKEND: EngineBackend = OpenVinoBackend()
 
 
 def fp32_runner(path: Path, extra_outputs: Sequence[str] = ()) -> Runner:
     """A `pipeline.contracts.RunnerFactory`: the model in fp32, also returning intermediate tensors.
 
-    The outputs are views of OpenVINO's own buffers, valid until the next `infer`: copying some
-    hundred activations of a batch would cost a quarter of the run.
+    The outputs are views of OpenVINO's own buffers, valid until the next `infer`: the activations
+    of a batch may be hundreds of megabytes, and calibration reads each once.
 
     Args:
         path: an fp32 ONNX file; a free batch dimension stays free.
