@@ -20,6 +20,7 @@ from pipeline.passes.affine import AFFINE
 from pipeline.passes.affine_before import AFFINE_BEFORE
 from pipeline.passes.batch_norm import BATCH_NORM
 from pipeline.passes.graph_pass import Feeds, GraphPass, PassRecord
+from pipeline.passes.pad import PAD
 from pipeline.passes.pointwise import POINTWISE
 from pipeline.passes.preprocess import fold_preprocess
 from pipeline.passes.residual_scale import RESIDUAL_SCALE
@@ -38,6 +39,8 @@ __all__ = ["DEFAULT_PASSES", "fold", "run_passes"]
 DEFAULT_PASSES: tuple[GraphPass, ...] = (
     # First: the others match initializers, not Constant nodes, Identity or Dropout between layers.
     TIDY,
+    # Early: it settles which convolutions pad, which decides what may be folded into them from before.
+    PAD,
     # Before the arithmetic: frameworks write Conv, BatchNorm, Mul, Add (Caffe's Scale), and the Mul reaches
     # the convolution only once the batch norm is gone. A bias Add *before* it is taken along.
     BATCH_NORM,

@@ -91,7 +91,7 @@ def test_a_wrong_rewrite_is_caught(rewrite: object, step: str) -> None:
 
 def test_the_pass_at_fault_is_named_among_good_ones() -> None:
     with pytest.raises(PassError) as caught:
-        run_passes(_model(), (*DEFAULT_PASSES[:2], GraphPass("bad", _scaled_weight), *DEFAULT_PASSES[2:]))
+        run_passes(_model(), (*DEFAULT_PASSES[:3], GraphPass("bad", _scaled_weight), *DEFAULT_PASSES[3:]))
     assert caught.value.pass_name == "bad"
 
 
@@ -143,6 +143,7 @@ def test_executions_are_counted_out() -> None:
     assert runs == [3, 2, 1]
     assert {record.name: record.n_rewrites for record in records} == {
         "tidy": 0,
+        "pad_into_conv": 0,
         "batch_norm_into_linear": 1,
         "affine_into_linear": 1,
         "residual_scale": 0,
@@ -161,5 +162,5 @@ def test_an_unchanged_model_is_not_executed() -> None:
 
 def test_progress_names_the_passes() -> None:
     told: list[tuple[str, int, int | None]] = []
-    run_passes(_model(), DEFAULT_PASSES[:2], progress=lambda *step: told.append(step))
-    assert told == [("fold: tidy", 0, 2), ("fold: batch_norm_into_linear", 1, 2), ("fold", 2, 2)]
+    run_passes(_model(), DEFAULT_PASSES[1:3], progress=lambda *step: told.append(step))
+    assert told == [("fold: pad_into_conv", 0, 2), ("fold: batch_norm_into_linear", 1, 2), ("fold", 2, 2)]

@@ -1,4 +1,4 @@
-"""Clean-up, and consecutive 1×1 convolutions."""
+"""Clean-up, padding, and consecutive 1×1 convolutions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 from onnx_text import assert_left_alone, assert_rewrites, onnx_model, reference, weight
 
+from pipeline.passes.pad import fold_pad
 from pipeline.passes.pointwise import merge_pointwise
 from pipeline.passes.tidy import tidy
 
@@ -133,3 +134,52 @@ def test_an_activation_between_the_two_is_no_pair() -> None:
         v=weight(4, 4, 1, 1, seed=1),
     )
     assert merge_pointwise(model).n_rewrites == 0
+
+
+_PADDED = "agraph (float[N,4,8,8] x) => (float[N,6,H,W] z) {{ y = Pad {} z = Conv {} }}"
+_LOPSIDED = np.array([0, 0, 0, 0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("pad", "convolution"),
+    [
+        ("(x, p)", "<strides = [2, 2]> (y, w)"),
+        ("(x, p, zero)", "<pads = [1, 0, 2, 0]> (y, w)"),
+        ("(x, q, zero, axes)", "<strides = [2, 2]> (y, w)"),
+        ("(x, p)", '<auto_pad = "VALID"> (y, w)'),
+    ],
+)
+def test_a_pad_becomes_the_padding_of_the_convolution(pad: str, convolution: str) -> None:
+    model = onnx_model(
+        _PADDED.format(pad, convolution),
+        w=weight(6, 4, 3, 3),
+        p=_LOPSIDED,
+        q=np.array([0, 2, 1, 1]),
+        axes=np.array([-1, 2]),
+        zero=np.array(0.0),
+    )
+    assert_rewrites(fold_pad, model, 1, {"Conv": 1})
+
+
+@pytest.mark.parametrize(
+    ("pad", "convolution", "amounts", "reason"),
+    [
+        ("(x, p, one)", "(y, w)", [0, 0, 1, 1, 0, 0, 1, 1], "something else than zeros"),
+        ('<mode = "reflect"> (x, p)', "(y, w)", [0, 0, 1, 1, 0, 0, 1, 1], "something else than zeros"),
+        ("(x, p)", "(y, w)", [0, 0, -1, 0, 0, 0, 0, 0], "crops"),
+        ("(x, p)", "(y, w)", [1, 0, 0, 0, 0, 0, 0, 0], "pads batch or channels"),
+        (
+            "(x, p)",
+            '<auto_pad = "SAME_UPPER"> (y, w)',
+            [0, 0, 1, 1, 0, 0, 1, 1],
+            "computes its padding itself",
+        ),
+        ("(x, v)", "(y, w)", [0, 0, 1, 1, 0, 0, 1, 1], "amounts are not constants"),
+    ],
+)
+def test_leaves_pads_alone(pad: str, convolution: str, amounts: list[int], reason: str) -> None:
+    text = _PADDED.replace("[N,6", "[M,6").replace("{{", "{{ v = Abs (p)" if "v)" in pad else "{{")
+    model = onnx_model(
+        text.format(pad, convolution), w=weight(6, 4, 3, 3), p=np.array(amounts), one=np.array(1.0)
+    )
+    assert_left_alone(fold_pad, model, reason)
