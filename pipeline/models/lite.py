@@ -13,12 +13,15 @@ B        1/16 (1/4)   1×1 | 1×1 1×7 7×1, expanded and added at ``scales[1]``
 C        1/32 (1/8)   1×1 | 1×1 1×3 3×1, expanded and added at ``scales[2]``
 ======== ============ =====================================================================
 
-In brackets: the stem for small inputs, 3×3 valid, 3×3, max-pool, 3×3.
+In brackets: small inputs, where the stem is 3×3 valid, 3×3, max-pool, 3×3. On so small a grid width is
+cheaper than depth, so they have a table of their own.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +31,49 @@ from pipeline.models.blocks import Branches, ConvNormAct, ScaledResidual
 __all__ = ["SMALL_INPUT_PX", "InceptionResNetLite", "inception_resnet_lite"]
 
 SMALL_INPUT_PX = 64
-"""Up to this side of the input the stem keeps more of the resolution."""
+"""Up to this side of the input, the table for small inputs applies."""
 
-_DEPTHS = (2, 3, 2)
 _SCALES = (0.2, 0.2, 0.2)
 
 _Width = Callable[[int], int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Output channels of every convolution at width 1.0, and the blocks of each stage."""
+
+    stem: tuple[int, ...]
+    channels: tuple[int, int, int]
+    """Of the stages A, B, C."""
+    depths: tuple[int, int, int]
+    a: tuple[int, tuple[int, int], tuple[int, int, int]]
+    b: tuple[int, tuple[int, int, int]]
+    c: tuple[int, tuple[int, int, int]]
+    squeeze: int
+    """Before the second reduction's 3×3."""
+    features: int
+
+
+_CAMERA = _Table(
+    stem=(24, 32, 64),
+    channels=(80, 192, 320),
+    depths=(2, 3, 2),
+    a=(24, (24, 24), (24, 32, 40)),
+    b=(64, (48, 56, 64)),
+    c=(64, (64, 72, 80)),
+    squeeze=96,
+    features=448,
+)
+_SMALL = _Table(
+    stem=(24, 64),
+    channels=(96, 256, 448),
+    depths=(1, 2, 1),
+    a=(32, (48, 64), (48, 64, 64)),
+    b=(96, (96, 128, 160)),
+    c=(96, (96, 128, 160)),
+    squeeze=128,
+    features=448,
+)
 
 
 def _width(channels: int, multiplier: float) -> int:
@@ -46,8 +86,9 @@ class InceptionResNetLite(nn.Module):
 
     Args:
         num_classes: outputs of the head.
-        width: multiplier of every channel count; 1.0 has about 1.0 M parameters with ten classes.
-        small_input: the stem for inputs up to `SMALL_INPUT_PX`.
+        width: multiplier of every channel count; 1.0 has 1.0 M parameters with ten classes, 1.8 M in
+            the table for small inputs.
+        small_input: the table for inputs up to `SMALL_INPUT_PX`.
         scales: residual scale of the stages A, B, C.
         drop_rate: dropout before the head, training only.
     """
@@ -65,75 +106,78 @@ class InceptionResNetLite(nn.Module):
         def w(channels: int) -> int:
             return _width(channels, width)
 
-        a, b, c = w(80), w(192), w(320)
-        stem: list[nn.Module]
-        if small_input:
-            stem, last = [ConvNormAct(3, w(24), 3), ConvNormAct(w(24), w(48), 3, padding=1)], w(48)
-        else:
-            stem, last = (
-                [
-                    ConvNormAct(3, w(24), 3, stride=2),
-                    ConvNormAct(w(24), w(32), 3, padding=1),
-                    nn.MaxPool2d(3, stride=2, padding=1),
-                    ConvNormAct(w(32), w(64), 3, padding=1),
-                ],
-                w(64),
-            )
-        pool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.stem = nn.Sequential(*stem, pool, ConvNormAct(last, a, 3, padding=1))
-        self.stage_a = nn.Sequential(*(self._block_a(a, w, scales[0]) for _ in range(_DEPTHS[0])))
+        table = _SMALL if small_input else _CAMERA
+        a, b, c = map(w, table.channels)
+        self.stem = nn.Sequential(*self._stem(table, w), ConvNormAct(w(table.stem[-1]), a, 3, padding=1))
+        self.stage_a = nn.Sequential(*(self._block_a(table, a, w, scales[0]) for _ in range(table.depths[0])))
         self.reduce_a = Branches(
             nn.MaxPool2d(3, stride=2, padding=1),
             ConvNormAct(a, b - a, 3, stride=2, padding=1),
         )
-        self.stage_b = nn.Sequential(*(self._block_b(b, w, scales[1]) for _ in range(_DEPTHS[1])))
+        self.stage_b = nn.Sequential(*(self._block_b(table, b, w, scales[1]) for _ in range(table.depths[1])))
+        squeeze = w(table.squeeze)
         self.reduce_b = Branches(
             nn.MaxPool2d(3, stride=2, padding=1),
-            nn.Sequential(ConvNormAct(b, w(96), 1), ConvNormAct(w(96), c - b, 3, stride=2, padding=1)),
+            nn.Sequential(ConvNormAct(b, squeeze, 1), ConvNormAct(squeeze, c - b, 3, stride=2, padding=1)),
         )
-        self.stage_c = nn.Sequential(*(self._block_c(c, w, scales[2]) for _ in range(_DEPTHS[2])))
-        self.features = ConvNormAct(c, w(448), 1)
+        self.stage_c = nn.Sequential(*(self._block_c(table, c, w, scales[2]) for _ in range(table.depths[2])))
+        self.features = ConvNormAct(c, w(table.features), 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(w(448), num_classes)
+        self.head = nn.Linear(w(table.features), num_classes)
         self._initialize()
 
     @staticmethod
-    def _block_a(channels: int, w: _Width, scale: float) -> nn.Module:
-        mix = Branches(
-            ConvNormAct(channels, w(24), 1),
-            nn.Sequential(ConvNormAct(channels, w(24), 1), ConvNormAct(w(24), w(24), 3, padding=1)),
-            nn.Sequential(
-                ConvNormAct(channels, w(24), 1),
-                ConvNormAct(w(24), w(32), 3, padding=1),
-                ConvNormAct(w(32), w(40), 3, padding=1),
-            ),
-        )
-        return ScaledResidual(mix, w(24) + w(24) + w(40), channels, scale)
+    def _stem(table: _Table, w: _Width) -> list[nn.Module]:
+        first, second = w(table.stem[0]), w(table.stem[1])
+        stride = 1 if table is _SMALL else 2
+        layers: list[nn.Module] = [
+            ConvNormAct(3, first, 3, stride=stride),
+            ConvNormAct(first, second, 3, padding=1),
+        ]
+        for before, after in itertools.pairwise(map(w, table.stem[1:])):
+            layers += [nn.MaxPool2d(3, stride=2, padding=1), ConvNormAct(before, after, 3, padding=1)]
+        return [*layers, nn.MaxPool2d(3, stride=2, padding=1)]
 
     @staticmethod
-    def _block_b(channels: int, w: _Width, scale: float) -> nn.Module:
+    def _block_a(table: _Table, channels: int, w: _Width, scale: float) -> nn.Module:
+        one, two, three = w(table.a[0]), tuple(map(w, table.a[1])), tuple(map(w, table.a[2]))
         mix = Branches(
-            ConvNormAct(channels, w(64), 1),
+            ConvNormAct(channels, one, 1),
+            nn.Sequential(ConvNormAct(channels, two[0], 1), ConvNormAct(two[0], two[1], 3, padding=1)),
             nn.Sequential(
-                ConvNormAct(channels, w(48), 1),
-                ConvNormAct(w(48), w(56), (1, 7), padding=(0, 3)),
-                ConvNormAct(w(56), w(64), (7, 1), padding=(3, 0)),
+                ConvNormAct(channels, three[0], 1),
+                ConvNormAct(three[0], three[1], 3, padding=1),
+                ConvNormAct(three[1], three[2], 3, padding=1),
             ),
         )
-        return ScaledResidual(mix, 2 * w(64), channels, scale)
+        return ScaledResidual(mix, one + two[1] + three[2], channels, scale)
 
     @staticmethod
-    def _block_c(channels: int, w: _Width, scale: float) -> nn.Module:
+    def _block_b(table: _Table, channels: int, w: _Width, scale: float) -> nn.Module:
+        one, two = w(table.b[0]), tuple(map(w, table.b[1]))
         mix = Branches(
-            ConvNormAct(channels, w(64), 1),
+            ConvNormAct(channels, one, 1),
             nn.Sequential(
-                ConvNormAct(channels, w(64), 1),
-                ConvNormAct(w(64), w(72), (1, 3), padding=(0, 1)),
-                ConvNormAct(w(72), w(80), (3, 1), padding=(1, 0)),
+                ConvNormAct(channels, two[0], 1),
+                ConvNormAct(two[0], two[1], (1, 7), padding=(0, 3)),
+                ConvNormAct(two[1], two[2], (7, 1), padding=(3, 0)),
             ),
         )
-        return ScaledResidual(mix, w(64) + w(80), channels, scale)
+        return ScaledResidual(mix, one + two[2], channels, scale)
+
+    @staticmethod
+    def _block_c(table: _Table, channels: int, w: _Width, scale: float) -> nn.Module:
+        one, two = w(table.c[0]), tuple(map(w, table.c[1]))
+        mix = Branches(
+            ConvNormAct(channels, one, 1),
+            nn.Sequential(
+                ConvNormAct(channels, two[0], 1),
+                ConvNormAct(two[0], two[1], (1, 3), padding=(0, 1)),
+                ConvNormAct(two[1], two[2], (3, 1), padding=(1, 0)),
+            ),
+        )
+        return ScaledResidual(mix, one + two[2], channels, scale)
 
     def _initialize(self) -> None:
         for module in self.modules():

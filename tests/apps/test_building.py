@@ -112,20 +112,9 @@ def test_fp32_needs_no_calibration(model_py: str, images: Path, tmp_path: Path) 
 
 
 def test_past_the_budget_nothing_is_published(images: Path, tmp_path: Path) -> None:
-    # int8 loses what lies under a step: the second class differs by a thousandth of the range.
+    # A channel of 10,000 beside channels of 10: their int8 step is 39, and the classes are under it.
     (tmp_path / "fragile.py").write_text(
-        FACTORY.replace(
-            "model[5].weight[0, 0] = 1.0", "model[5].weight[0, 0] = 1.0; model[5].bias[0] = 300.0"
-        )
-        .replace("model[5].weight[1, 1] = 1.0", "model[5].weight[1, 1] = 1.0; model[5].bias[1] = 300.0")
-        .replace(
-            "model[0].weight[1, 2] = 1.0",
-            "model[0].weight[1, 2] = 1.0; model[0].weight[2] = 1000.0",
-        )
-        .replace(
-            "model[5].weight.zero_()",
-            "model[5].weight.zero_(); model[5].weight[:, 2] = 1.0",
-        )
+        FACTORY.replace("model[5].bias.zero_()", "model[5].bias.zero_(); model[1].bias[2] = 1e4")
     )
     before = build(request(f"{tmp_path / 'fragile.py'}:classifier", images, tmp_path / "bundle"), quiet)
     assert before.validation is not None
