@@ -29,6 +29,7 @@ def demo_command(
 ) -> None:
     """PyTorch model → INT8 engine → what that cost → ten seconds of camera → report.html."""
     from apps.building import BuildRequest, build, print_build
+    from apps.cache import cache_dir
     from apps.console import console, progress_display
     from apps.stream import print_summary
     from apps.streaming.display import choose_display
@@ -51,6 +52,7 @@ def demo_command(
         _STREAM,
         headless=True,
         max_seconds=seconds,
+        cache_dir=cache_dir("engines"),
         display=choose_display("demo", as_json=False),
     )
     print_summary(summary)
@@ -71,8 +73,8 @@ def _in_short(outcome: BuildOutcome, summary: StreamSummary, report: Path) -> li
         f"A PyTorch network that reads {len(manifest.labels)} road signs was turned into an INT8 engine for this "
         f"CPU: {fp32:.1f} MB became {int8:.1f} MB.",
         f"On {accuracy.n_images} frames it had not seen, FP32 PyTorch is right {100 * accuracy.fp32_top1:.2f}% of "
-        f"the time and the INT8 engine {100 * accuracy.int8_top1:.2f}%: a drop of "
-        f"[bold]{accuracy.drop_points:.2f} points[/] (95% interval {accuracy.drop_low:+.2f} to "
+        f"the time and the INT8 engine {100 * accuracy.int8_top1:.2f}%: "
+        f"[bold]{_change(accuracy.drop_points)}[/] (95% interval of the drop {accuracy.drop_low:+.2f} to "
         f"{accuracy.drop_high:+.2f}).",
         f"Streaming, it classified {summary.frames_inferred} frames at {summary.fps:.0f} a second, "
         f"{latency.p50_ms:.1f} ms each in the engine"
@@ -81,3 +83,9 @@ def _in_short(outcome: BuildOutcome, summary: StreamSummary, report: Path) -> li
         "Next, a model of your own: [bold]edgefold build path/to/model.py:factory --calib FOLDER --out BUNDLE[/]",
     ]
     return lines
+
+
+def _change(drop_points: float) -> str:
+    if drop_points == 0:
+        return "no difference"
+    return f"{abs(drop_points):.2f} points {'lost' if drop_points > 0 else 'gained'}"

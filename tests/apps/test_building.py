@@ -212,3 +212,35 @@ def test_the_command_prints_json_and_exit_codes(
             main(wrong)
         assert raised.value.code == code, wrong
     assert "inception_v3" in capfd.readouterr().err, "near names are offered"
+
+
+def test_three_commands_of_a_new_user(
+    model_py: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, report = tmp_path / "bundle", tmp_path / "report.html"
+    for arguments in (
+        ["build", model_py, "--calib", str(images), "--input-size", "32", "--out", str(out)],
+        [
+            "validate",
+            str(out),
+            "--data",
+            str(images),
+            "--against",
+            "torch",
+            "--report",
+            str(report),
+            "--json",
+        ],
+        ["stream", str(out), "--source", str(images), "--headless", "--json"],
+    ):
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(arguments)
+        assert done.value.code == 0, arguments
+        printed = capfd.readouterr().out
+        if arguments[0] == "validate":
+            judged = json.loads(printed)
+    streamed = json.loads(printed)
+    assert report.read_text().startswith("<!doctype html>")
+    assert judged["n_images"] == streamed["frames_inferred"] == 20
+    assert streamed["top1"] == judged["stages"][-1]["top1"] == 1.0
