@@ -25,7 +25,16 @@ from pipeline.artifacts import (
     TensorSpec,
 )
 
-__all__ = ["Batches", "Dataset", "EngineBackend", "Outputs", "Progress", "Quantizer", "Runner", "RunnerFactory"]
+__all__ = [
+    "Batches",
+    "Dataset",
+    "EngineBackend",
+    "Outputs",
+    "Progress",
+    "Quantizer",
+    "Runner",
+    "RunnerFactory",
+]
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -46,10 +55,14 @@ class Runner(Protocol):
     """
 
     @property
-    def inputs(self) -> tuple[TensorSpec, ...]: ...
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What `infer` takes."""
+        ...
 
     @property
-    def outputs(self) -> tuple[TensorSpec, ...]: ...
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What `infer` returns."""
+        ...
 
     @property
     def reuses_outputs(self) -> bool:
@@ -70,7 +83,9 @@ class Runner(Protocol):
         is done. Blocks when every request slot is busy (bounded)."""
         ...
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the engine; what was submitted is finished first."""
+        ...
 
     def __enter__(self) -> Runner: ...
 
@@ -86,7 +101,9 @@ class EngineBackend(Protocol):
     """One engine family. Stateless."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Its key in the registry."""
+        ...
 
     def build(self, model: ModelArtifact, out_dir: Path, options: EngineOptions) -> EngineArtifact:
         """Compile `model` as far as can be done ahead of time; raises `EngineError`."""
@@ -109,7 +126,9 @@ class Dataset(Protocol):
     """Images in a fixed order, read one at a time; memory does not grow with their number."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """How reports call it."""
+        ...
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -143,4 +162,6 @@ class Quantizer(Protocol):
         dataset_sha256: str,
         out_path: Path,
         progress: Progress,
-    ) -> tuple[ModelArtifact, CalibrationTable, StageRecord]: ...
+    ) -> tuple[ModelArtifact, CalibrationTable, StageRecord]:
+        """Calibrate `model` on `batches` and write its int8 form to `out_path`."""
+        ...
