@@ -31,6 +31,7 @@ from pipeline.passes.verify import (
     check_numerics,
     check_structure,
     execute,
+    nudged,
     seeded_feeds,
 )
 
@@ -99,14 +100,10 @@ def run_passes(
         if report.n_rewrites:
             check_structure(graph_pass.name, candidate)
             check_interface(graph_pass, current, candidate)
-            if graph_pass.original_feeds is not None:
-                feeds = seeded_feeds(candidate, seed)
-                outputs = _execute(graph_pass, run, current, graph_pass.original_feeds(current, feeds))
-            elif outputs is None:
-                outputs = _execute(graph_pass, run, current, feeds)
-            rewritten = _execute(graph_pass, run, candidate, feeds)
-            max_error, sqnr = check_numerics(graph_pass, outputs, rewritten)
-            current, outputs = candidate, rewritten
+            feeds, outputs, max_error, sqnr = _compare(
+                graph_pass, run, current, candidate, feeds, outputs, seed
+            )
+            current = candidate
         records.append(
             PassRecord(
                 name=graph_pass.name,
@@ -174,6 +171,36 @@ def fold(
         history=(*model.history, record),
     )
     return artifact, records
+
+
+def _compare(
+    graph_pass: GraphPass,
+    run: Execute,
+    original: ir.Model,
+    rewritten: ir.Model,
+    feeds: Feeds,
+    outputs: Feeds | None,
+    seed: int,
+) -> tuple[Feeds, Feeds, float, float]:
+    """Run both graphs; `outputs` are the original's, where they are known.
+
+    Returns:
+        Feeds and outputs of the rewritten graph, largest absolute error, SQNR in dB.
+    """
+    new_feeds = feeds
+    if graph_pass.original_feeds is not None:
+        new_feeds = seeded_feeds(rewritten, seed)
+        feeds, outputs = graph_pass.original_feeds(original, new_feeds), None
+    if outputs is None:
+        outputs = _execute(graph_pass, run, original, feeds)
+    new_outputs = _execute(graph_pass, run, rewritten, new_feeds)
+    max_error, sqnr = check_numerics(
+        graph_pass,
+        outputs,
+        new_outputs,
+        rounding=lambda: _execute(graph_pass, run, nudged(original, seed), feeds),
+    )
+    return new_feeds, new_outputs, max_error, sqnr
 
 
 def _execute(graph_pass: GraphPass, run: Execute, model: ir.Model, feeds: Feeds) -> Feeds:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bundle_fixtures import make_manifest
 from onnx_text import batch_norm, onnx_model, weight
 
-from pipeline.inspection import Change, GraphSummary, compare, inspect_onnx, summarize, summarize_model
+from pipeline.artifacts import StageRecord
+from pipeline.bundle import BundleWriter
+from pipeline.errors import IntegrityError
+from pipeline.inspection import (
+    Change,
+    GraphSummary,
+    compare,
+    inspect_bundle,
+    inspect_onnx,
+    summarize,
+    summarize_model,
+)
 from pipeline.onnx_files import save_model
+from pipeline.passes import DEFAULT_PASSES, run_passes
 
 
 @pytest.mark.parametrize(
@@ -78,3 +92,44 @@ def test_inspecting_a_file_folds_it_in_memory(tmp_path: Path) -> None:
         Change("Conv", 1, 1),
     )
     assert list(tmp_path.iterdir()) == [tmp_path / "model.onnx"]
+
+
+def _bundle(folder: Path, checks: dict[str, object]) -> Path:
+    """A bundle whose fold stage has these checks, with one convolution as its int8 graph."""
+    stages = (StageRecord("fold", (), (), 0.5, checks),)
+    with BundleWriter(folder) as writer:
+        save_model(
+            onnx_model(
+                "agraph (float[N,4,7,7] x) => (float[N,6,5,5] z) { z = Conv (x, w) }", w=weight(6, 4, 3, 3)
+            ),
+            writer.path / "model.int8.onnx",
+        )
+        writer.commit(replace(make_manifest(), stages=stages))
+    return folder
+
+
+def test_a_bundle_tells_what_was_folded(tmp_path: Path) -> None:
+    model = onnx_model(_CONV_BN, w=weight(6, 4, 3, 3), **batch_norm(6))
+    before = summarize_model(model)
+    folded, records = run_passes(model, DEFAULT_PASSES)
+    checks = {
+        "passes": [record.as_json() for record in records],
+        "before": before.as_json(),
+        "after": summarize_model(folded).as_json(),
+    }
+    inspection = inspect_bundle(_bundle(tmp_path / "bundle", checks))
+    assert inspection.graphs["before"] == before
+    assert inspection.graphs["after"] == summarize_model(folded)
+    assert inspection.graphs["int8"].op_counts == {"Conv": 1}
+    assert inspection.passes == records
+    assert inspection.as_json()["passes"] == checks["passes"]
+
+
+@pytest.mark.parametrize(
+    "checks", [{}, {"passes": [{"name": "x"}], "before": {}, "after": {}}, {"passes": 3}]
+)
+def test_a_bundle_without_a_readable_fold_record_is_refused(
+    checks: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(IntegrityError, match="no readable record of the fold stage"):
+        inspect_bundle(_bundle(tmp_path / "bundle", checks))

@@ -164,3 +164,39 @@ def test_progress_names_the_passes() -> None:
     told: list[tuple[str, int, int | None]] = []
     run_passes(_model(), DEFAULT_PASSES[1:3], progress=lambda *step: told.append(step))
     assert told == [("fold: pad_into_conv", 0, 2), ("fold: batch_norm_into_linear", 1, 2), ("fold", 2, 2)]
+
+
+def test_a_model_that_amplifies_rounding_is_judged_by_its_own() -> None:
+    """The same change fails on a well-behaved model, and passes where the model's own rounding is as large."""
+    before = {"z": np.linspace(-1.0, 1.0, 1000, dtype=np.float32)}
+    after = {"z": before["z"] + np.float32(5e-4)}  # 61 dB
+    graph_pass = GraphPass("p", _raises)
+    for noise, fails in ((1e-6, True), (4e-4, False)):
+        own = {"z": before["z"] + np.float32(noise)}
+        if fails:
+            with pytest.raises(PassError, match="moved by"):
+                check_numerics(graph_pass, before, after, lambda own=own: own)
+        else:
+            assert check_numerics(graph_pass, before, after, lambda own=own: own)[1] == pytest.approx(
+                61.3, abs=0.1
+            )
+    chaotic = {"z": before["z"] + np.float32(0.5)}
+    with pytest.raises(PassError, match="limit 40 dB"):
+        check_numerics(graph_pass, before, {"z": before["z"] + np.float32(0.02)}, lambda: chaotic)
+
+
+def test_an_ill_conditioned_model_folds() -> None:
+    """Two branches of about a thousand that cancel to about one: rounding alone is 60 dB."""
+    w = 1e3 * weight(6, 4, 3, 3)
+    model = onnx_model(
+        """agraph (float[1,4,7,7] x) => (float[1,6,5,5] z) {
+            c = Conv (x, w) y = BatchNormalization (c, gamma, beta, mean, var)
+            d = Conv (x, v) k = BatchNormalization (d, gamma, beta, mean, var) z = Sub (y, k) }""",
+        w=w,
+        v=w * (1 + 1e-3 * weight(6, 4, 3, 3, seed=5)),
+        **batch_norm(6),
+    )
+    _, records = run_passes(model, DEFAULT_PASSES)
+    record = next(record for record in records if record.n_rewrites)
+    assert record.sqnr_db is not None
+    assert record.sqnr_db < 70.0, "otherwise this model tests nothing"
