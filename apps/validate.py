@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from pipeline.artifacts import CalibrationTable
+    from pipeline.bundle import Bundle
 
 __all__ = ["validate_command"]
 
@@ -86,7 +90,13 @@ def validate_command(
         reference = find_reference(opened.manifest, against.value)
         result = validate_subject(subject, dataset, backend, reference, batch_size=batch, progress=progress)
     if report is not None:
-        render_report(report, validation=result, manifest=opened.manifest, max_drop_points=max_drop)
+        render_report(
+            report,
+            validation=result,
+            manifest=opened.manifest,
+            max_drop_points=max_drop,
+            calibration=_calibration_table(opened),
+        )
     if json_output:
         print_json(json.dumps(result.to_json(), indent=2, allow_nan=False))
     else:
@@ -95,3 +105,11 @@ def validate_command(
             console.print(f"report: {report}", markup=False, soft_wrap=True)
     if max_drop is not None:
         check_budget(result, max_drop)
+
+
+def _calibration_table(bundle: Bundle) -> CalibrationTable | None:
+    from calibration.table import table_from_json
+
+    if "calibration.json" not in bundle.manifest.files:
+        return None
+    return table_from_json(bundle.read_bytes("calibration.json"))

@@ -253,7 +253,9 @@ def _torch_judges(subject: Subject, reference: Reference) -> tuple[list[Judge], 
     if model is None or model.module is None:
         return [], [
             AssumedPart("preprocessing", f"not measured: {why_not}"),
-            AssumedPart("export", f"not measured on these images: {why_not}. {_parity(subject.history)}"),
+            AssumedPart(
+                "export", f"not measured on these images, for the same reason. {_parity(subject.history)}"
+            ),
         ]
     shared = module_judge(model.module, name="PyTorch fp32", part="reference", spec=spec, color=color)
     if model.reference_transform is None or model.preprocess != spec:

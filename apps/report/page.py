@@ -81,6 +81,7 @@ def render_report(
         images=wording.images,
         percent=wording.percent,
         points=wording.points,
+        short=wording.short,
         sqnr=wording.sqnr,
         p_value=wording.p_value,
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.validation_result import ValidationResult, interval_warning
+from pipeline.validation_result import Drop, ValidationResult, interval_warning
 
-__all__ = ["Verdict", "images", "p_value", "percent", "points", "sqnr", "verdict"]
+__all__ = ["Verdict", "images", "p_value", "percent", "points", "short", "sqnr", "verdict"]
 
 _NOTICEABLE_POINTS = 1.0
 """Without a budget: what most users of a classifier would notice, and call a loss."""
@@ -31,18 +31,12 @@ def verdict(result: ValidationResult, max_drop_points: float | None = None) -> V
     """
     total, before, after = result.total, result.stages[0], result.stages[-1]
     low, high = total.interval_points.low, total.interval_points.high
-    by_chance = low <= 0 <= high
     sentences = [
         f"On {images(result.n_images)}, {before.name} gets {percent(before.top1)} right and {after.name} "
         f"{percent(after.top1)}: {total.lost:,} lost, {total.gained:,} gained, "
         f"{_change(total.drop_points)}.",
-        f"With 95% confidence the true drop lies between {points(low)} and {points(high)} points. "
-        + (
-            "So small a difference can be chance alone"
-            if by_chance
-            else "Chance alone hardly makes such a difference"
-        )
-        + f" (McNemar p {p_value(total.mcnemar_p)}).",
+        f"With 95% confidence the true drop lies between {points(low)} and {points(high)} points."
+        + _chance(total),
     ]
     if max_drop_points is not None:
         warning = interval_warning(result, max_drop_points)
@@ -83,6 +77,14 @@ def points(value: float) -> str:
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
 
+def short(count: int) -> str:
+    """``29.2 M``: a large count to three digits."""
+    for unit, suffix in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if count >= unit:
+            return f"{count / unit:.3g} {suffix}"
+    return str(count)
+
+
 def sqnr(value_db: float | None) -> str:
     """``18.3 dB``; identical logits have an infinite ratio."""
     return "identical" if value_db is None else f"{value_db:.1f} dB"
@@ -91,6 +93,15 @@ def sqnr(value_db: float | None) -> str:
 def p_value(p: float) -> str:
     """``= 0.032``: two digits, and no string of zeros."""
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
+
+
+def _chance(total: Drop) -> str:
+    if total.lost == total.gained:
+        return ""
+    interval, p = total.interval_points, p_value(total.mcnemar_p)
+    if interval.low <= 0 <= interval.high:
+        return f" So small a difference can be chance alone (McNemar p {p})."
+    return f" Chance alone hardly makes such a difference (McNemar p {p})."
 
 
 def _change(drop_points: float) -> str:

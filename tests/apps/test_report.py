@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from apps.report import LatencyRow, print_validation, render_report, verdict
-from apps.report.wording import p_value, percent, points, sqnr
+from apps.report.wording import p_value, percent, points, short, sqnr
 from pipeline.artifacts import CalibrationTable, Fingerprint, PreprocessSpec, Sample, StageRecord, TensorRange
 from pipeline.errors import EdgefoldError, UnsupportedError
 from pipeline.manifest import CalibrationSummary, EngineRecord, FileRecord, Manifest, ModelSource
@@ -182,7 +182,7 @@ def test_the_page_says_what_was_measured(full_page):
         "its output has <2> consumers",
         "entropy from 128 images of train",
         "4.00×",
-        "1,234,567",
+        "1.23 M",
         "edgefold build inception_v3 --out <dir>",
         SHA,
     ):
@@ -322,6 +322,7 @@ def test_numbers_as_text():
     assert [points(v) for v in (0.25, -0.1, 0.001, -0.001)] == ["+0.25", "−0.10", "0.00", "0.00"]
     assert percent(0.94155) == "94.16%"
     assert (sqnr(None), sqnr(18.26)) == ("identical", "18.3 dB")
+    assert [short(n) for n in (999, 1500, 29197568, 13.2e9)] == ["999", "1.5 k", "29.2 M", "13.2 G"]
     assert (p_value(0.0321), p_value(1.0), p_value(1e-9)) == ("= 0.032", "= 1", "< 0.0001")
 
 

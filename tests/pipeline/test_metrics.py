@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -15,7 +15,8 @@ from pipeline.metrics import (
     top_k_correct,
 )
 
-finite = st.floats(-1e6, 1e6, allow_subnormal=False)
+# Squares of values below 1e-154 are 0 in float64; no logit is that small and means something.
+finite = st.integers(-(10**9), 10**9).map(lambda i: i / 1000)
 vectors = hnp.arrays(np.float64, hnp.array_shapes(max_dims=2, max_side=12), elements=finite)
 
 
@@ -32,6 +33,7 @@ def test_sqnr_at_the_ends():
     assert math.isnan(sqnr_db(np.array([math.nan]), np.array([1.0])))
 
 
+@settings(deadline=None)
 @given(vectors, st.floats(1e-3, 1e3))
 def test_sqnr_and_cosine_ignore_a_common_scale(x, scale):
     noisy = x + 0.01 * (1 + np.abs(x))
@@ -39,6 +41,7 @@ def test_sqnr_and_cosine_ignore_a_common_scale(x, scale):
     assert cosine_similarity(x, scale * x) == pytest.approx(1.0)
 
 
+@settings(deadline=None)
 @given(vectors)
 def test_energies_of_batches_add_up_to_the_whole(x):
     approximation = np.round(x)
@@ -83,6 +86,7 @@ def test_agreement_counts_rows():
         agreement(np.zeros((0, 3)), np.zeros((0, 3)))
 
 
+@settings(deadline=None)
 @given(
     hnp.arrays(np.float32, st.tuples(st.integers(1, 20), st.integers(1, 8)), elements=st.integers(-3, 3)),
     st.randoms(use_true_random=False),

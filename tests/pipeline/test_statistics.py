@@ -1,4 +1,6 @@
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,7 +49,7 @@ def test_published_examples():
     assert wilson_interval(0, 10) == Interval(0.0, pytest.approx(Z * Z / (10 + Z * Z)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(counts)
 def test_the_limits_are_where_the_score_test_rejects(bcn):
     b, c, n = bcn
@@ -56,6 +58,7 @@ def test_the_limits_are_where_the_score_test_rejects(bcn):
         assert constrained_score(b, c, n, limit) == pytest.approx(sign * Z, rel=1e-4)
 
 
+@settings(deadline=None)
 @given(counts)
 def test_the_interval_holds_the_estimate_and_mirrors(bcn):
     b, c, n = bcn
@@ -68,6 +71,7 @@ def test_the_interval_holds_the_estimate_and_mirrors(bcn):
     )
 
 
+@settings(deadline=None)
 @given(counts, st.floats(0.5, 0.98))
 def test_more_confidence_is_wider_and_more_images_narrower(bcn, confidence):
     b, c, n = bcn
@@ -121,6 +125,20 @@ def test_paired_is_narrower_than_two_separate_intervals():
     assert paired.half_width < separate / 4
 
 
+def test_the_figures_of_the_documentation():
+    text = (Path(__file__).parents[2] / "docs" / "validation.md").read_text()
+    rows = re.findall(r"\| ([\d,]+) \| ±([\d.]+) points \|", text)
+    assert len(rows) == 4
+    for images, stated in rows:
+        n = int(images.replace(",", ""))
+        assert f"{100 * paired_drop_interval(n // 200, n // 200, n).half_width:.2f}" == stated
+    assert f"± {100 * paired_drop_interval(8, 5, 2000).half_width:.2f} points paired" in text
+    separate = math.sqrt(2) * wilson_interval(1900, 2000).half_width
+    assert f"± {100 * separate:.2f} were each" in text
+    assert f"still allows a drop of {100 * paired_drop_interval(0, 0, 2000).high:.2f} points" in text
+
+
+@settings(deadline=None)
 @given(st.integers(1, 500), st.integers(0, 500))
 def test_wilson_solves_its_equation(n, k):
     k = min(k, n)
@@ -130,6 +148,7 @@ def test_wilson_solves_its_equation(n, k):
         assert (p - limit) ** 2 == pytest.approx(Z * Z * limit * (1 - limit) / n, abs=1e-12)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40))
 def test_mcnemar_is_the_binomial_sum(b, c):
     n = b + c
@@ -145,7 +164,7 @@ def test_mcnemar_at_the_ends():
     assert 0 <= mcnemar_exact_p(6000, 4000) < 1e-80  # large counts neither overflow nor vanish to NaN
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(counts, st.floats(0.0005, 0.2))
 def test_planned_images_reach_the_width_and_one_fewer_does_not(bcn, half_width):
     b, c, n = bcn
