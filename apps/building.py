@@ -186,7 +186,7 @@ def _open_evaluation(request: BuildRequest, model: ResolvedModel) -> Dataset | N
         return None
     from apps.validating import open_labelled
 
-    return open_labelled(request.eval_data, model.labels, request.eval_limit)
+    return open_labelled(request.eval_data, model.labels, model.num_classes, request.eval_limit)
 
 
 def _with_labels(model: ResolvedModel, evaluation: Dataset | None) -> ResolvedModel:

@@ -85,7 +85,7 @@ def validate_command(
     subject = subject_of_bundle(opened, backend)
     if labels is not None:
         subject = dataclasses.replace(subject, labels=read_labels(labels))
-    dataset = open_labelled(data, subject.labels, limit)
+    dataset = open_labelled(data, subject.labels, subject.num_classes, limit)
     with progress_display() as progress:
         reference = find_reference(opened.manifest, against.value)
         result = validate_subject(subject, dataset, backend, reference, batch_size=batch, progress=progress)

@@ -210,25 +210,40 @@ def subject_of_models(
     )
 
 
-def open_labelled(data: str, labels: Sequence[str], limit: int | None) -> Dataset:
-    """Open labelled images for a model with these class names (empty: it has none).
+def open_labelled(data: str, labels: Sequence[str], num_classes: int, limit: int | None) -> Dataset:
+    """Open labelled images for a model.
 
     Folders named otherwise than the labels (synset numbers, other spelling) open under their own
-    names; `pipeline.validation.match_labels` then matches them, or says what does not fit.
+    names; `pipeline.validation.match_labels` then matches them, or says what does not fit. Data that
+    gives indices (``class_index``, ``.npz``) needs no names at all.
+
+    Args:
+        data: what the user typed.
+        labels: the model's, by logit; empty where it has none.
+        num_classes: its logits.
+        limit: at most this many images.
 
     Raises:
-        DataError: as `pipeline.datasets.open_dataset`, or the images carry no labels.
+        DataError: as `open_dataset`, or the images carry no labels.
     """
-    try:
-        dataset = open_dataset(data, labels=tuple(labels) or None, limit=limit)
-    except DataError:
-        dataset = open_dataset(data, limit=limit)
+    dataset = _open_under(data, labels, limit) if labels else None
+    dataset = dataset or open_dataset(data, limit=limit)
     if dataset.class_names is None:
         raise DataError(
             f"{data!r} has no labels, and accuracy needs them: give one folder a class, a folder with labels.csv, "
             "an .npz with labels, or synthetic:SEED[:COUNT]"
         )
+    if not labels and len(dataset.class_names) != num_classes:
+        numbered = _open_under(data, tuple(map(str, range(num_classes))), limit)
+        return numbered or dataset
     return dataset
+
+
+def _open_under(data: str, names: Sequence[str], limit: int | None) -> Dataset | None:
+    try:
+        return open_dataset(data, labels=tuple(names), limit=limit)
+    except DataError:
+        return None
 
 
 def _display_labels(subject: Subject, dataset: Dataset) -> tuple[str, ...]:

@@ -287,6 +287,7 @@ class _Tally:
     ) -> ValidationResult:
         skipped = [SkippedImage(key, reason) for key, reason in dataset.skipped]
         total = self.from_first[-1]
+        stages = tuple(self._stage(i) for i in range(len(self.judges)))
         return ValidationResult(
             dataset_name=dataset.name,
             dataset_sha256=dataset.sha256,
@@ -294,7 +295,7 @@ class _Tally:
             n_skipped=len(skipped),
             skipped=tuple(skipped[:_MAX_SKIPPED_LISTED]),
             top_k=self.top_k,
-            stages=tuple(self._stage(i) for i in range(len(self.judges))),
+            stages=stages,
             drops=tuple(self._drop(pair, self.judges[pair.after].part) for pair in self.steps),
             total=self._drop(total, "total"),
             assumed=assumed,
@@ -302,7 +303,7 @@ class _Tally:
             confusion=self._confusion_changes(),
             n_flips=self.n - total.same,
             flips=tuple(flip for _, _, flip in sorted(self.flips, key=lambda entry: entry[:2], reverse=True)),
-            notes=notes,
+            notes=(*notes, *_guessing_note(stages[0], len(self.labels), self.n)),
             seconds=seconds,
         )
 
@@ -354,6 +355,16 @@ class _Tally:
             ConfusionChange(self.labels[t], self.labels[p], before[t, p], after[t, p])
             for t, p in changed[:_MAX_CONFUSION_CHANGES]
         )
+
+
+def _guessing_note(reference: StageAccuracy, n_classes: int, n_images: int) -> tuple[str, ...]:
+    """A model that does not know its classes loses nothing by quantization: that must not pass for good."""
+    if reference.top1_interval.low > 1 / n_classes:
+        return ()
+    return (
+        f"{reference.name} gets {100 * reference.top1:.2f}% right, which guessing among {n_classes} classes can "
+        f"reach on {n_images} images: are the labels in the model's order, and its weights trained?",
+    )
 
 
 def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

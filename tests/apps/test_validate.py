@@ -277,6 +277,24 @@ def test_images_without_labels_are_refused(make_bundle, tmp_path):
         run(make_bundle(), "--data", tmp_path / "flat")
 
 
+class TestModelWithoutNames:
+    def test_indices_need_no_names_and_may_leave_classes_out(self, tmp_path):
+        pixels, labels = images(4)
+        np.savez(tmp_path / "some.npz", images=pixels, labels=labels)  # classes 0 to 2 of 7
+        dataset = open_labelled(str(tmp_path / "some.npz"), (), 7, None)
+        assert dataset.class_names == tuple("0123456")
+
+    def test_folders_give_the_names_where_the_count_is_the_same(self, tmp_path):
+        folder = write_folders(tmp_path / "named", LABELS)
+        assert open_labelled(str(folder), (), 3, None).class_names == ("blue", "green", "red")
+
+    def test_folders_of_another_count_are_refused_and_not_counted_off(self, make_bundle, tmp_path):
+        folder = write_folders(tmp_path / "named", LABELS)
+        bundle = make_bundle(labels=(), model=ModelSource("a.onnx", "in the ONNX file", None, 7))
+        with pytest.raises(DataError, match="3 of the 3 classes of named are not among"):
+            run(bundle, "--data", folder)
+
+
 def test_data_that_is_not_there_is_named(make_bundle):
     with pytest.raises(DataError, match="no data at 'nowhere'"):
         run(make_bundle(), "--data", "nowhere")
@@ -346,7 +364,7 @@ class TestReference:
             return normalize((np.asarray(image) // 2)[None], SPEC, "RGB")[0]
 
         def judged(resolved):
-            dataset = open_labelled(data, LABELS, None)
+            dataset = open_labelled(data, LABELS, 3, None)
             return validate_subject(subject, dataset, backend, Reference(resolved))
 
         result = judged(Resolved(Mean(), darker))
@@ -377,7 +395,9 @@ def test_a_build_under_way_is_judged_by_its_models(tmp_path, data):
     backend = get_backend("openvino")
     folded, final = model("a.onnx", (0, 0, 0)), model("b.onnx", (0.04, 0, 0))
     subject = subject_of_models(folded, final, backend, precision="int8", num_classes=3)
-    result = validate_subject(subject, open_labelled(data, (), None), backend, Reference(None, "no module"))
+    result = validate_subject(
+        subject, open_labelled(data, (), 3, None), backend, Reference(None, "no module")
+    )
     assert result.total.lost > 3
     assert [row.label for row in result.classes] == ["0", "1", "2"]
     same = subject_of_models(folded, folded, backend, precision="fp32", num_classes=3)

@@ -176,6 +176,14 @@ def test_equal_engines_show_nothing():
     assert result.total.interval_points.high > 0  # 30 images prove little
 
 
+def test_a_reference_no_better_than_guessing_is_noted():
+    truth = np.arange(90) % 3
+    right, shuffled = one_hot_logits(truth), one_hot_logits((truth + np.arange(90) // 30) % 3)
+    assert judged([right, right], truth.tolist()).notes == ()
+    (note,) = judged([shuffled, shuffled], truth.tolist()).notes
+    assert "stage 0 gets 33.33% right, which guessing among 3 classes can reach on 90 images" in note
+
+
 def test_json_is_strict_and_complete():
     rng = np.random.default_rng(1)
     first = rng.normal(size=(20, 3)).astype(np.float32)
