@@ -58,7 +58,6 @@ def train_command(
     from pipeline.artifacts import PreprocessSpec
     from pipeline.datasets import open_dataset
     from pipeline.errors import ModelSpecError
-    from pipeline.models.lite import SMALL_INPUT_PX, inception_resnet_lite
     from pipeline.models.registry import NETWORKS
     from pipeline.models.resolve import read_preprocess
     from pipeline.training.loop import EpochResult, TrainingRun, train
@@ -76,17 +75,15 @@ def train_command(
     )
     if model not in NETWORKS:
         raise ModelSpecError(f"no built-in network {model!r} to train; there are {', '.join(NETWORKS)}")
+    if width != 1.0 and not NETWORKS[model].has_width:
+        raise ModelSpecError(f"{model} has no width multiplier; leave out --width {width:g}")
     spec = read_preprocess(preprocess) if preprocess else PreprocessSpec((input_size, input_size))
     dataset = open_dataset(data)
     torch.manual_seed(seed)
     with progress_display() as progress:
         table = materialize(dataset, spec, out / "pixels", progress)
-        n_classes, side = len(table.class_names), spec.input_hw[0]
-        network = (
-            inception_resnet_lite(n_classes, width, small_input=side <= SMALL_INPUT_PX)
-            if model == "inception_resnet_lite"
-            else NETWORKS[model].build(n_classes, side)
-        )
+        options = {"width": width} if NETWORKS[model].has_width else {}
+        network = NETWORKS[model].build(len(table.class_names), spec.input_hw[0], **options)
         train_indices, held_indices = split(table.labels, holdout, seed)
         run = TrainingRun(chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_)
         results: list[EpochResult] = []

@@ -34,20 +34,22 @@ class Network:
     """A built-in network.
 
     Attributes:
-        build: ``build(num_classes, input_size) -> nn.Module``.
+        build: ``build(num_classes, input_size) -> nn.Module``; also takes ``width`` where `has_width`.
         num_classes: outputs where nothing else says how many.
         preprocess: the default, at the default input size.
         paper_stems: whether 79 and 151 pixels select a low-resolution stem (`inception.stem_for`).
+        has_width: whether there is a multiplier of the channel counts.
         timm_name: timm's name of the same network with the same state-dict keys.
         dropped: key prefixes of heads that its checkpoints carry and this network has no use for.
     """
 
     name: str
     summary: str
-    build: Callable[[int, int], nn.Module]
+    build: Callable[..., nn.Module]
     preprocess: PreprocessSpec = _INCEPTION
     num_classes: int = 1000
     paper_stems: bool = True
+    has_width: bool = False
     timm_name: str | None = None
     dropped: tuple[str, ...] = ()
 
@@ -104,9 +106,12 @@ _ALL = (
     Network(
         "inception_resnet_lite",
         "edge version, about 1.0 M parameters",
-        lambda num_classes, size: inception_resnet_lite(num_classes, small_input=size <= SMALL_INPUT_PX),
+        lambda num_classes, size, width=1.0: inception_resnet_lite(
+            num_classes, width, small_input=size <= SMALL_INPUT_PX
+        ),
         PreprocessSpec((96, 96), mean=_HALF, std=_HALF),
         paper_stems=False,
+        has_width=True,
     ),
 )
 

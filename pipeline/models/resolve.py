@@ -25,6 +25,7 @@ from pipeline.models.weights import (
     PretrainedWeights,
     RandomWeights,
     WeightsFile,
+    WeightsOption,
     parse_weights,
     randomize,
     seeded,
@@ -112,8 +113,9 @@ def resolve_model(
     if spec.endswith(".onnx"):
         return _resolve_onnx(spec, weights, num_classes, input_size, override, preprocess_file)
 
-    source = open_source(spec, input_size)
-    weighted = _with_weights(source, weights, num_classes, override)
+    option = None if weights is None else parse_weights(weights)
+    source = open_source(spec, input_size, option.path if isinstance(option, WeightsFile) else None)
+    weighted = _with_weights(source, option, num_classes, override)
     module = weighted.module.eval().requires_grad_(False)
     refuse_non_finite(module.state_dict(), weighted.origin)
     if override is not None:
@@ -142,22 +144,22 @@ def resolve_model(
 
 
 def _with_weights(
-    source: ModelSource, weights: str | None, num_classes: int | None, override: PreprocessSpec | None
+    source: ModelSource,
+    option: WeightsOption | None,
+    num_classes: int | None,
+    override: PreprocessSpec | None,
 ) -> _Weighted:
     if source.bundled is not None:
-        if weights is not None:
+        if option is not None:
             raise WeightsError(
-                f"{source.spec} names its own weights, and --weights {weights} others: drop one of the two"
+                f"{source.spec} names its own weights, and --weights others: drop one of the two"
             )
-        card = source.bundled.card
-        loaded = _from_file(source, source.bundled.path, num_classes, f"bundled {source.spec}")
-        return replace(loaded, labels=card.labels)
-    if weights is None:
+        return _from_file(source, source.bundled, num_classes, f"bundled {source.spec}")
+    if option is None:
         if not source.has_own_weights:
             raise weights_required(source.spec, source.tags, source.pretrained is not None)
         note = "no --weights: the weights are those the factory gave the module"
         return _Weighted(source.build(num_classes), "as built by the factory", notes=(note,))
-    option = parse_weights(weights)
     if isinstance(option, WeightsFile):
         return _from_file(source, option.path, num_classes, str(option.path))
     if isinstance(option, PretrainedWeights):
@@ -174,10 +176,11 @@ def _from_file(source: ModelSource, path: Path, num_classes: int | None, origin:
     sizes = head_size(expected, main_head)
     if sizes is not None:
         model_classes, file_classes = sizes
-        if num_classes is not None:
+        if num_classes is not None or source.card is not None:
+            who = "the model card" if num_classes is None else "--num-classes"
             raise WeightsError(
-                f"the head in {origin} has {file_classes} classes and --num-classes says {num_classes}: drop "
-                "--num-classes, or give weights of that many classes"
+                f"the head in {origin} has {file_classes} classes and {who} says {model_classes}: correct {who}, "
+                "or give weights of that many classes"
             )
         module = source.build(file_classes)
         notes = (
@@ -185,7 +188,8 @@ def _from_file(source: ModelSource, path: Path, num_classes: int | None, origin:
             f"{file_classes} classes, read from the head in the weights (default {model_classes})",
         )
     notes = (*notes, *load_state(module, state, origin, source.dropped))
-    return _Weighted(module, origin, checkpoint.sha256, notes=notes)
+    labels = () if source.card is None else source.card.labels
+    return _Weighted(module, origin, checkpoint.sha256, labels, notes=notes)
 
 
 def _from_hub(source: ModelSource, num_classes: int | None) -> _Weighted:

@@ -26,7 +26,7 @@ from pipeline.models.library_preprocess import (
     torchvision_preprocessing,
 )
 from pipeline.models.registry import NETWORKS, Network
-from pipeline.models.weights import BundledWeights, bundled_tags, download, read_card
+from pipeline.models.weights import ModelCard, bundled_tags, bundled_weights, card_beside, download
 
 __all__ = ["ASSUMED", "DEFAULT_PREPROCESS", "ModelSource", "Pretrained", "open_source"]
 
@@ -75,7 +75,8 @@ class ModelSource:
         preprocess: of a module that `build` made.
         pretrained: fetches the public weights; ``None`` where there are none.
         dropped: key prefixes of heads in its checkpoints that inference does not use.
-        bundled: the weights that the name itself stands for.
+        bundled: the weights file that the name itself stands for.
+        card: the model card of those weights, or of the weights file that was named.
         has_own_weights: whether the module may be used as `build` made it.
         tags: bundled weights of the same network, to offer.
         notes: what the user should know about the choice.
@@ -87,18 +88,20 @@ class ModelSource:
     preprocess: Callable[[nn.Module], Preprocessing]
     pretrained: Callable[[], Pretrained] | None = None
     dropped: tuple[str, ...] = ()
-    bundled: BundledWeights | None = None
+    bundled: Path | None = None
+    card: ModelCard | None = None
     has_own_weights: bool = False
     tags: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
-def open_source(spec: str, input_size: int | None) -> ModelSource:
+def open_source(spec: str, input_size: int | None, weights_file: Path | None) -> ModelSource:
     """Understands a model spec other than an ONNX file.
 
     Args:
         spec: a built-in name, ``timm:NAME``, ``torchvision:NAME``, ``path/to/file.py:factory``.
         input_size: side of the input, pixels; ``None``: the model's default.
+        weights_file: the weights named, whose model card says how a built-in network was trained.
 
     Raises:
         ModelSpecError: it names nothing; near names are offered.
@@ -114,8 +117,11 @@ def open_source(spec: str, input_size: int | None) -> ModelSource:
         return _factory_source(spec, Path(path), factory, input_size)
     network, dot, tag = spec.partition(".")
     if network in NETWORKS:
-        bundled = read_card(network, tag) if dot else None
-        return _builtin_source(spec, NETWORKS[network], bundled, input_size)
+        if dot:
+            own_weights, card = bundled_weights(network, tag)
+            return _builtin_source(spec, NETWORKS[network], input_size, card, own_weights)
+        beside = None if weights_file is None else card_beside(weights_file, network)
+        return _builtin_source(spec, NETWORKS[network], input_size, beside, None)
     raise _unknown(spec)
 
 
@@ -123,27 +129,34 @@ def open_source(spec: str, input_size: int | None) -> ModelSource:
 
 
 def _builtin_source(
-    spec: str, network: Network, bundled: BundledWeights | None, input_size: int | None
+    spec: str, network: Network, input_size: int | None, card: ModelCard | None, bundled: Path | None
 ) -> ModelSource:
-    if bundled is not None:
+    arguments: dict[str, Any] = {}
+    notes = []
+    if card is not None:
         # The stem is the one that was trained, whatever the size asked for now.
-        trained_size, num_classes = bundled.card.input_size, bundled.card.num_classes
-        base, source = bundled.card.preprocess, f"model card of {spec}"
+        trained_size, num_classes = card.input_size, card.num_classes
+        arguments = {"width": card.width} if network.has_width else {}
+        base, source = card.preprocess, f"model card of the {spec} weights"
+        if bundled is None:
+            notes.append("preprocessing and labels are those of the model card beside the weights")
     else:
         trained_size, num_classes = input_size or network.input_size, network.num_classes
         base, source = network.preprocess, f"default of {network.name}"
     preprocess = Preprocessing(_resized(base, input_size), source)
 
+    def build(wanted: int | None) -> nn.Module:
+        return network.build(wanted or num_classes, trained_size, **arguments)
+
     def pretrained() -> Pretrained:
         timm = import_library("timm")
         donor = download(network.name, lambda: timm.create_model(network.timm_name, pretrained=True))
-        module = network.build(network.num_classes, trained_size)
+        module = build(None)
         origin = f"pretrained ({donor.pretrained_cfg['architecture']}.{donor.pretrained_cfg['tag']} of timm)"
         load_state(module, donor.state_dict(), origin, network.dropped)
         public = replace(timm_preprocessing(donor, input_size), reference=None)
         return Pretrained(module, origin, _timm_labels(donor), public)
 
-    notes = []
     if network.has_low_resolution_stem(trained_size):
         notes.append(
             f"at {trained_size} pixels {network.name} takes the low-resolution stem of arXiv 1512.00567 "
@@ -152,11 +165,12 @@ def _builtin_source(
     return ModelSource(
         spec,
         spec,
-        lambda wanted: network.build(wanted or num_classes, trained_size),
+        build,
         lambda _: preprocess,
         pretrained if network.timm_name else None,
         network.dropped,
         bundled,
+        card,
         tags=bundled_tags(network.name),
         notes=tuple(notes),
     )

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,19 @@ from pipeline.errors import ModelSpecError, UnsupportedError, WeightsError
 
 __all__ = [
     "BUNDLED_DIR",
-    "BundledWeights",
+    "CARD_NAME",
     "ModelCard",
     "PretrainedWeights",
     "RandomWeights",
     "WeightsFile",
     "WeightsOption",
     "bundled_tags",
+    "bundled_weights",
+    "card_beside",
     "download",
+    "noise_images",
     "parse_weights",
     "randomize",
-    "read_card",
     "seeded",
     "weights_required",
 ]
@@ -38,9 +40,12 @@ __all__ = [
 BUNDLED_DIR = Path(__file__).parent / "weights"
 """``<network>.<tag>.safetensors`` and, beside it, its model card ``<network>.<tag>.json``."""
 
+CARD_NAME = "card.json"
+"""The model card that `edgefold train` writes beside its weights."""
+
 _CHOICES = "FILE (safetensors, or a torch checkpoint), pretrained, or random:SEED (for benchmarks)"
-_N_STATISTICS_IMAGES = 4
-"""Batch that random batch-norm statistics come from; 1-d batch norm needs several images for a variance."""
+_N_IMAGES, _N_IMAGES_1D = 4, 16
+"""Batch that random batch-norm statistics come from. A 1-d norm sees one value an image, so needs more."""
 
 T = TypeVar("T")
 
@@ -103,20 +108,14 @@ def weights_required(spec: str, tags: tuple[str, ...], has_public: bool) -> Weig
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What must be known of bundled weights to run them; their card says more (data, recipe, accuracy)."""
+    """What must be known of weights to run them; a card says more (data, recipe, accuracy)."""
 
+    model: str
     input_size: int
     num_classes: int
     labels: tuple[str, ...]
     preprocess: PreprocessSpec
-
-
-@dataclass(frozen=True, slots=True)
-class BundledWeights:
-    """Weights that ship with the package."""
-
-    path: Path
-    card: ModelCard
+    width: float = 1.0
 
 
 def bundled_tags(network: str) -> tuple[str, ...]:
@@ -126,8 +125,8 @@ def bundled_tags(network: str) -> tuple[str, ...]:
     return tuple(sorted(name.removeprefix(prefix).removesuffix(suffix) for name in names))
 
 
-def read_card(network: str, tag: str) -> BundledWeights:
-    """The bundled weights ``network.tag``.
+def bundled_weights(network: str, tag: str) -> tuple[Path, ModelCard]:
+    """The bundled weights ``network.tag`` and their card.
 
     Raises:
         ModelSpecError: there are none of that tag; names those there are.
@@ -138,24 +137,38 @@ def read_card(network: str, tag: str) -> BundledWeights:
         known = ", ".join(f"{network}.{known}" for known in tags) or "none"
         raise ModelSpecError(f"no bundled weights {network}.{tag}; bundled for this network: {known}")
     path = BUNDLED_DIR / f"{network}.{tag}.safetensors"
-    card_path = path.with_suffix(".json")
-    try:
-        content = json.loads(card_path.read_text(encoding="utf-8"))
-        card = _validate_card(content)
-    except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(
-            f"the model card {card_path} cannot be used: {error}; reinstall edgefold"
-        ) from error
-    if len(card.labels) != card.num_classes:
-        raise WeightsError(f"{card_path} has {len(card.labels)} labels for {card.num_classes} classes")
-    return BundledWeights(path, card)
+    return path, _read_card(path.with_suffix(".json"), network)
 
 
-def _validate_card(content: Any) -> ModelCard:
+def card_beside(weights: Path, network: str) -> ModelCard | None:
+    """The card that `edgefold train` left beside a weights file, if it left one.
+
+    Raises:
+        WeightsError: there is one and it is incomplete, or of another network.
+    """
+    path = weights.with_name(CARD_NAME)
+    return _read_card(path, network) if path.is_file() else None
+
+
+def _read_card(path: Path, network: str) -> ModelCard:
     from pydantic import TypeAdapter
 
-    # A plain dataclass ignores what else the card tells its reader.
-    return TypeAdapter(ModelCard).validate_python(content)
+    try:
+        # A plain dataclass ignores what else the card tells its reader.
+        card = TypeAdapter(ModelCard).validate_python(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise WeightsError(
+            f"the model card {path} cannot be used: {error}; restore it, or move it away from the weights"
+        ) from error
+    if card.model != network:
+        raise WeightsError(
+            f"the model card {path} is of {card.model}, and {network} was asked for: give that"
+        )
+    if len(card.labels) != card.num_classes:
+        raise WeightsError(
+            f"the model card {path} has {len(card.labels)} labels for {card.num_classes} classes"
+        )
+    return card
 
 
 # --- public weights ---------------------------------------------------------------------------------
@@ -204,6 +217,7 @@ def randomize(module: nn.Module, seed: int, input_hw: tuple[int, int]) -> None:
     norms = [norm for norm in norms if norm.affine and norm.track_running_stats]
     if not norms:
         return
+    count = _N_IMAGES_1D if any(isinstance(norm, nn.BatchNorm1d) for norm in norms) else _N_IMAGES
     generator = torch.Generator().manual_seed(seed)
     module.eval()
     momentum = [norm.momentum for norm in norms]
@@ -213,16 +227,16 @@ def randomize(module: nn.Module, seed: int, input_hw: tuple[int, int]) -> None:
             norm.bias.normal_(0.0, 0.2, generator=generator)
             norm.momentum = 1.0  # the running statistics become the batch's
             norm.train()
-        module(_noise_images(generator, input_hw))
+        module(noise_images(generator, count, input_hw))
         for norm, original in zip(norms, momentum, strict=True):
             norm.momentum = original
             norm.eval()
 
 
-def _noise_images(generator: torch.Generator, input_hw: tuple[int, int]) -> Tensor:
-    """(4, 3, H, W) float32 of about unit variance: blotches and grain, so that pooling leaves a signal."""
+def noise_images(generator: torch.Generator, count: int, input_hw: tuple[int, int]) -> Tensor:
+    """(count, 3, H, W) float32 of about unit variance: blotches and grain, so that pooling leaves a signal."""
     height, width = input_hw
-    shape = (_N_STATISTICS_IMAGES, 3, max(1, height // 16), max(1, width // 16))
-    blotches = functional.interpolate(torch.randn(shape, generator=generator), size=input_hw, mode="bilinear")
-    grain = torch.randn((_N_STATISTICS_IMAGES, 3, height, width), generator=generator)
+    coarse = torch.randn((count, 3, max(1, height // 16), max(1, width // 16)), generator=generator)
+    blotches = functional.interpolate(coarse, size=input_hw, mode="bilinear")
+    grain = torch.randn((count, 3, height, width), generator=generator)
     return blotches + 0.5 * grain

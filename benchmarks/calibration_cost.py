@@ -1,0 +1,132 @@
+"""What calibration costs, in units of running the same images once in fp32.
+
+    python benchmarks/calibration_cost.py [--models inception_v3 inception_resnet_v2] [--images 64]
+
+For each network (seeded random weights, 299×299): the images, already decoded, are run once through the folded
+fp32 graph, and once through the collection of statistics, in processes of their own and in turns. Then every
+method's ranges are derived from those statistics, which is what a histogram method costs beyond the pass.
+Goals: min/max at most 1.35 times the plain run, histogram methods at most 2.6 times. Writes
+benchmarks/results/calibration_cost.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from harness import machine_stamp, paired_ratio, run_rounds, write_results
+
+MODELS = ("inception_v3", "inception_resnet_v2")
+METHODS = ("minmax", "percentile", "entropy", "mse")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--worker", choices=["plain", "collect"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker is not None:
+        print(json.dumps(_work(arguments.worker, arguments.folder)))
+        return
+    results: dict[str, Any] = {
+        "machine": machine_stamp(),
+        "images": arguments.images,
+        "goal": {"minmax": 1.35, "percentile": 2.6, "entropy": 2.6, "mse": 2.6},
+        "models": {},
+    }
+    for name in arguments.models:
+        with TemporaryDirectory() as folder:
+            _prepare(name, arguments.images, Path(folder))
+            script = [sys.executable, __file__, "--folder", folder, "--worker"]
+            commands = {worker: [*script, worker] for worker in ("plain", "collect")}
+            results["models"][name] = _compared(run_rounds(commands, arguments.rounds))
+        print(name, json.dumps(results["models"][name]), file=sys.stderr)
+    print(write_results("calibration_cost", results))
+
+
+def _prepare(name: str, n_images: int, folder: Path) -> None:
+    """The folded graph and decoded images, on disk for both workers."""
+    from pipeline.compile import export_resolved
+    from pipeline.datasets import batches, open_dataset
+    from pipeline.models.resolve import resolve_model
+    from pipeline.passes import fold
+
+    model = resolve_model(name, weights="random:0")
+    folded, _ = fold(export_resolved(model, folder / "exported.onnx"), folder / "model.onnx")
+    frames = batches(open_dataset(f"synthetic:1:{n_images}"), folded.preprocess, folded.input_color, 1)
+    np.save(folder / "images.npy", np.concatenate(list(frames())))
+
+
+def _work(worker: str, folder: Path) -> dict[str, Any]:
+    """Both workers leave out loading and compiling: they cost the same, whatever the number of images."""
+    from engines.openvino import fp32_runner
+
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    if worker == "plain":
+        with fp32_runner(folder / "model.onnx") as runner:
+            feed = runner.inputs[0].name
+            runner.infer({feed: np.ascontiguousarray(images[:1])})
+            began = time.perf_counter()
+            for i in range(len(images)):
+                runner.infer({feed: np.ascontiguousarray(images[i : i + 1])})
+            return {"seconds": time.perf_counter() - began}
+    return _collect(folder, images)
+
+
+def _collect(folder: Path, images: np.ndarray[Any, Any]) -> dict[str, Any]:
+    from calibration.collect import collect
+    from calibration.placement import PLACEMENTS
+    from calibration.table import derive_table
+    from engines.openvino import fp32_runner
+    from pipeline.artifacts import ModelArtifact, PreprocessSpec
+    from pipeline.digest import file_sha256
+    from pipeline.onnx_files import interface, load_model, opset_of
+
+    path = folder / "model.onnx"
+    graph = load_model(path)
+    inputs, outputs = interface(graph)
+    spec = PreprocessSpec((299, 299))
+    model = ModelArtifact(path, file_sha256(path), inputs, outputs, opset_of(graph), spec, "BGR")
+    observed = PLACEMENTS["cpu"](graph).observed
+    ticks: list[float] = []
+
+    def passes() -> Any:
+        # The first image is seen twice: the engine warms up on it, as the plain worker's does.
+        yield np.ascontiguousarray(images[:1])
+        for i in range(len(images)):
+            yield np.ascontiguousarray(images[i : i + 1])
+
+    statistics = collect(
+        model, observed, passes, "0" * 64, fp32_runner, lambda *_: ticks.append(time.perf_counter())
+    )
+    seconds = {"pass": ticks[-1] - ticks[0]}
+    for method in METHODS:
+        began = time.perf_counter()
+        derive_table(statistics, method)
+        seconds[method] = time.perf_counter() - began
+    return {"seconds": seconds, "tensors": len(observed)}
+
+
+def _compared(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    plain = [r["seconds"] for r in rounds["plain"]]
+    table: dict[str, Any] = {"plain_seconds": plain, "tensors": rounds["collect"][0]["tensors"]}
+    for method in METHODS:
+        total = [r["seconds"]["pass"] + r["seconds"][method] for r in rounds["collect"]]
+        table[method] = {"seconds": total, "ratio": asdict(paired_ratio(total, plain))}
+    return table
+
+
+if __name__ == "__main__":
+    main()
