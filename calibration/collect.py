@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
+from onnx_ir.passes.common import ShapeInferencePass
 
 from calibration.observers import TensorObserver
 from pipeline.artifacts import ModelArtifact, TensorStatistics
@@ -221,17 +221,7 @@ def _fix_batch(model: ir.Model, batch: int) -> None:
     for node in model.graph:
         for value in node.outputs:
             value.shape = None  # was inferred for a free batch
-    proto = ir.serde.serialize_model(model)
-    inferred = onnx.shape_inference.infer_shapes(proto, data_prop=True)
-    shapes = {
-        info.name: [d.dim_value if d.HasField("dim_value") else None for d in info.type.tensor_type.shape.dim]
-        for info in (*inferred.graph.value_info, *inferred.graph.output)
-        if info.type.tensor_type.HasField("shape")
-    }
-    for node in model.graph:
-        for value in node.outputs:
-            if value.name in shapes:
-                value.shape = ir.Shape(shapes[value.name])
+    ShapeInferencePass(data_prop=True)(model)
 
 
 def _static_shape(value: ir.Value) -> tuple[int, ...]:

@@ -23,8 +23,9 @@ PERCENTILE = 99.99
 """ONNX Runtime and NNCF take 99.99 to 99.999; a 299×299 photograph has some 10^6 values a layer."""
 _N_LINEAR_BINS = 2048
 _N_LEVELS = 256
-_MSE_COARSE = np.linspace(0.1, 1.0, 31)
-_MSE_FINE = np.linspace(-0.03, 0.03, 7)
+_KL_STRIDE = 16
+_MSE_COARSE = np.linspace(0.1, 1.0, 19)
+_MSE_FINE = np.linspace(-0.04, 0.04, 9)
 
 
 def minmax(seen: Distribution) -> TensorRange:
@@ -68,7 +69,7 @@ def entropy(seen: Distribution) -> TensorRange:
     counts = _linear_magnitudes(seen, largest)
     counts[0] = counts[1]
     n_levels = _N_LEVELS // 2 if seen.low < 0.0 < seen.high else _N_LEVELS
-    clips = np.arange(n_levels, _N_LINEAR_BINS + 1, 8)
+    clips = np.arange(n_levels, _N_LINEAR_BINS + 1, _KL_STRIDE)
     divergences = [_divergence(counts, int(clip), n_levels) for clip in clips]
     clip = largest * float(clips[int(np.argmin(divergences))]) / _N_LINEAR_BINS
     return TensorRange(max(seen.low, -clip), min(seen.high, clip))
@@ -79,7 +80,7 @@ def mse(seen: Distribution) -> TensorRange:
 
     Both ends are pulled in together on a coarse scale, then each by itself on a fine one.
     """
-    seen = _without_dust(seen)
+    seen = _coarsened(seen)
     low, high = seen.low, seen.high
     best = min((quantization_error(seen, TensorRange(f * low, f * high)), f) for f in _MSE_COARSE)
     error, low_part, high_part = best[0], best[1], best[1]
@@ -129,18 +130,20 @@ def _rounding_integral(steps: NDArray[np.float64]) -> NDArray[np.float64]:
     return integral
 
 
-def _without_dust(seen: Distribution) -> Distribution:
-    """Bins far below any step count as exact zeros: thousands of octave bins that decide nothing."""
-    dust = max(-seen.low, seen.high) / 2.0**14
-    left, right = seen.edges[:-1], seen.edges[1:]
-    is_dust = (left >= -dust) & (right <= dust)
-    if np.count_nonzero(is_dust) < 2:
+def _coarsened(seen: Distribution) -> Distribution:
+    """Bins merged to at least a 4,096th of the range: below that nothing is decided, but time is spent.
+
+    The bin at zero stays by itself, because zero is exact on every grid.
+    """
+    grid = (seen.high - seen.low) / 4096.0
+    if grid <= 0.0:
         return seen
-    first = int(np.argmax(is_dust))
-    last = len(is_dust) - int(np.argmax(is_dust[::-1]))
-    edges = np.concatenate((seen.edges[: first + 1], seen.edges[last:]))
-    mass = np.concatenate((seen.mass[:first], [seen.mass[first:last].sum()], seen.mass[last:]))
-    return Distribution(edges, mass)
+    cell = np.floor(seen.edges / grid)
+    keep = np.concatenate(([True], cell[1:] != cell[:-1]))
+    zero = int(np.clip(np.searchsorted(seen.edges, 0.0, side="right") - 1, 0, len(seen.mass) - 1))
+    keep[[zero, zero + 1, -1]] = True
+    first = np.flatnonzero(keep[:-1])
+    return Distribution(seen.edges[keep], np.add.reduceat(seen.mass, first))
 
 
 def _quantile(share: float, cumulative: NDArray[np.float64], edges: NDArray[np.float64]) -> float:
