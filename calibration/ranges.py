@@ -81,7 +81,7 @@ def mse(seen: Distribution) -> TensorRange:
     Both ends are pulled in together on a coarse scale, then each by itself on a fine one.
     """
     seen = _coarsened(seen)
-    low, high = seen.low, seen.high
+    low, high = min(seen.low, 0.0), max(seen.high, 0.0)  # as every grid; ends of one sign could cross
     best = min((quantization_error(seen, TensorRange(f * low, f * high)), f) for f in _MSE_COARSE)
     error, low_part, high_part = best[0], best[1], best[1]
     for part in best[1] + _MSE_FINE:
@@ -89,7 +89,7 @@ def mse(seen: Distribution) -> TensorRange:
             trial = quantization_error(seen, TensorRange(low_part * low, part * high))
             if trial < error:
                 error, high_part = trial, part
-    if low < 0.0 < high:
+    if low < 0.0:
         for part in np.linspace(best[1] / 2, 1.0, 16):
             trial = quantization_error(seen, TensorRange(part * low, high_part * high))
             if trial < error:
@@ -157,8 +157,10 @@ def _quantile(share: float, cumulative: NDArray[np.float64], edges: NDArray[np.f
 def _linear_magnitudes(seen: Distribution, largest: float) -> NDArray[np.float64]:
     """Mass of ``|x|`` in equal bins over [0, largest]."""
     grid = np.linspace(0.0, largest, _N_LINEAR_BINS + 1)
-    cumulative = np.concatenate(([0.0], np.cumsum(seen.mass)))
-    up_to = np.interp(grid, seen.edges, cumulative) - np.interp(-grid, seen.edges, cumulative)
+    below = np.concatenate(([0.0], np.cumsum(seen.mass)))
+    # Mirrored, not interpolated at -grid: a bin without width at the lower end would not be counted.
+    above = np.concatenate(([0.0], np.cumsum(seen.mass[::-1])))
+    up_to = np.interp(grid, seen.edges, below) + np.interp(grid, -seen.edges[::-1], above)
     return np.diff(up_to)
 
 
