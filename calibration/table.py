@@ -196,7 +196,7 @@ def _store(path: Path, statistics: TensorStatistics) -> None:
 def _load(path: Path, digests: tuple[str, str, str], tensors: Sequence[str]) -> TensorStatistics | None:
     """What `_store` wrote, or ``None`` if it is not exactly that."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             names = [str(name) for name in file["names"]]
             ends = np.cumsum(file["sizes"])
             bins, counts = file["bins"], file["counts"].astype(np.int64)
