@@ -16,11 +16,12 @@ from pipeline.models.weights import (
     RandomWeights,
     WeightsFile,
     bundled_tags,
+    bundled_weights,
+    card_beside,
     download,
     noise_images,
     parse_weights,
     randomize,
-    read_card,
     seeded,
 )
 
@@ -136,6 +137,7 @@ def bundled_dir(tmp_path, monkeypatch):
 
 def write_card(folder, name, **fields):
     card = {
+        "model": "net",
         "input_size": 32,
         "num_classes": 2,
         "labels": ["stop", "yield"],
@@ -148,10 +150,10 @@ def write_card(folder, name, **fields):
 
 def test_a_card_is_read_and_its_prose_ignored(bundled_dir):
     write_card(bundled_dir, "net.signs")
-    bundled = read_card("net", "signs")
-    assert bundled.path == bundled_dir / "net.signs.safetensors"
-    assert bundled.card.labels == ("stop", "yield")
-    assert bundled.card.preprocess == PreprocessSpec((32, 32), resize="squash")
+    path, card = bundled_weights("net", "signs")
+    assert path == bundled_dir / "net.signs.safetensors"
+    assert card.labels == ("stop", "yield")
+    assert card.preprocess == PreprocessSpec((32, 32), resize="squash")
 
 
 def test_tags_are_those_of_the_network(bundled_dir):
@@ -159,7 +161,7 @@ def test_tags_are_those_of_the_network(bundled_dir):
         write_card(bundled_dir, name)
     assert bundled_tags("net") == ("cifar10", "signs")
     with pytest.raises(ModelSpecError, match=r"no bundled weights net\.sings.*net\.cifar10, net\.signs$"):
-        read_card("net", "sings")
+        bundled_weights("net", "sings")
 
 
 @pytest.mark.parametrize(
@@ -168,15 +170,26 @@ def test_tags_are_those_of_the_network(bundled_dir):
         ({"labels": ["stop"]}, "1 labels for 2 classes"),
         ({"preprocess": {"input_hw": [32, 32], "typo": 1}}, "typo"),
         ({"input_size": "small"}, "input_size"),
+        ({"model": "other"}, "is of other, and net was asked for"),
     ],
 )
 def test_a_broken_card_is_refused(bundled_dir, fields, said):
     write_card(bundled_dir, "net.signs", **fields)
     with pytest.raises(WeightsError, match=said):
-        read_card("net", "signs")
+        bundled_weights("net", "signs")
 
 
 def test_weights_without_a_card_are_refused(bundled_dir):
     (bundled_dir / "net.signs.safetensors").touch()
-    with pytest.raises(WeightsError, match=r"net\.signs\.json.*reinstall"):
-        read_card("net", "signs")
+    with pytest.raises(WeightsError, match=r"net\.signs\.json cannot be used"):
+        bundled_weights("net", "signs")
+
+
+def test_the_card_of_a_training_is_found_beside_its_weights(tmp_path):
+    write_card(tmp_path, "card")
+    card = card_beside(tmp_path / "weights.safetensors", "net")
+    assert card is not None
+    assert card.labels == ("stop", "yield")
+    with pytest.raises(WeightsError, match="is of net, and other was asked for"):
+        card_beside(tmp_path / "weights.safetensors", "other")
+    assert card_beside(tmp_path / "elsewhere" / "weights.safetensors", "net") is None
