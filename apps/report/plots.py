@@ -94,7 +94,7 @@ def class_plot(classes: Sequence[ClassChange]) -> str:
         axes.set_yticks(range(len(classes)), [_short(item.label) for item in classes])
         axes.set_ylim(len(classes) - 0.4, -0.6)
         axes.margins(x=0.06)
-        axes.set_xlabel("accuracy of the class in % (ring: before, dot: after)")
+        axes.set_xlabel("accuracy, % (ring: before, dot: after)")
 
     return _svg("classes", len(classes), draw)
 
