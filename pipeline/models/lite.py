@@ -114,13 +114,17 @@ class InceptionResNetLite(nn.Module):
             nn.MaxPool2d(3, stride=2, padding=1),
             ConvNormAct(a, b - a, 3, stride=2, padding=1),
         )
-        self.stage_b = nn.Sequential(*(self._block_b(table, b, w, scales[1]) for _ in range(table.depths[1])))
+        self.stage_b = nn.Sequential(
+            *(self._factorized_block(table.b, 7, b, w, scales[1]) for _ in range(table.depths[1]))
+        )
         squeeze = w(table.squeeze)
         self.reduce_b = Branches(
             nn.MaxPool2d(3, stride=2, padding=1),
             nn.Sequential(ConvNormAct(b, squeeze, 1), ConvNormAct(squeeze, c - b, 3, stride=2, padding=1)),
         )
-        self.stage_c = nn.Sequential(*(self._block_c(table, c, w, scales[2]) for _ in range(table.depths[2])))
+        self.stage_c = nn.Sequential(
+            *(self._factorized_block(table.c, 3, c, w, scales[2]) for _ in range(table.depths[2]))
+        )
         self.features = ConvNormAct(c, w(table.features), 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.drop = nn.Dropout(drop_rate)
@@ -154,27 +158,17 @@ class InceptionResNetLite(nn.Module):
         return ScaledResidual(mix, one + two[1] + three[2], channels, scale)
 
     @staticmethod
-    def _block_b(table: _Table, channels: int, w: _Width, scale: float) -> nn.Module:
-        one, two = w(table.b[0]), tuple(map(w, table.b[1]))
+    def _factorized_block(
+        widths: tuple[int, tuple[int, int, int]], length: int, channels: int, w: _Width, scale: float
+    ) -> nn.Module:
+        """1×1 | 1×1, 1×length, length×1: a large kernel as two thin ones (arXiv 1512.00567, section 3.2)."""
+        one, two, half = w(widths[0]), tuple(map(w, widths[1])), length // 2
         mix = Branches(
             ConvNormAct(channels, one, 1),
             nn.Sequential(
                 ConvNormAct(channels, two[0], 1),
-                ConvNormAct(two[0], two[1], (1, 7), padding=(0, 3)),
-                ConvNormAct(two[1], two[2], (7, 1), padding=(3, 0)),
-            ),
-        )
-        return ScaledResidual(mix, one + two[2], channels, scale)
-
-    @staticmethod
-    def _block_c(table: _Table, channels: int, w: _Width, scale: float) -> nn.Module:
-        one, two = w(table.c[0]), tuple(map(w, table.c[1]))
-        mix = Branches(
-            ConvNormAct(channels, one, 1),
-            nn.Sequential(
-                ConvNormAct(channels, two[0], 1),
-                ConvNormAct(two[0], two[1], (1, 3), padding=(0, 1)),
-                ConvNormAct(two[1], two[2], (3, 1), padding=(1, 0)),
+                ConvNormAct(two[0], two[1], (1, length), padding=(0, half)),
+                ConvNormAct(two[1], two[2], (length, 1), padding=(half, 0)),
             ),
         )
         return ScaledResidual(mix, one + two[2], channels, scale)
