@@ -36,11 +36,16 @@ _RESIZE_OF_CROP_MODE = {"center": "shorter", "squash": "squash"}
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """A spec, where it is from, and the library's transform it was read off (``None``: no library)."""
+    """A spec, where it is from, and the library's transform it was read off (``None``: no library).
+
+    ``assumed`` says that nothing ties it to these weights: a default that may not be what they were
+    trained with.
+    """
 
     spec: PreprocessSpec
     source: str
     reference: ReferenceTransform | None = None
+    assumed: bool = False
 
 
 def import_library(name: str) -> Any:

@@ -20,7 +20,7 @@ from pipeline.artifacts import PreprocessSpec
 from pipeline.errors import ModelSpecError, WeightsError
 from pipeline.models.checkpoints import head_size, load_state, read_checkpoint, refuse_non_finite, unwrap
 from pipeline.models.library_preprocess import Preprocessing, ReferenceTransform
-from pipeline.models.sources import ASSUMED, DEFAULT_PREPROCESS, ModelSource, open_source
+from pipeline.models.sources import ModelSource, imagenet_default, open_source
 from pipeline.models.weights import (
     PretrainedWeights,
     RandomWeights,
@@ -122,6 +122,8 @@ def resolve_model(
         preprocess = Preprocessing(override, str(preprocess_file))
     else:
         preprocess = weighted.preprocess or source.preprocess(module)
+    # What is fed to random weights is of no consequence.
+    assumptions = () if isinstance(option, RandomWeights) else _preprocess_notes(preprocess)
     outputs = _count_outputs(spec, module, preprocess.spec)
     _check_outputs(spec, outputs, num_classes)
     return ResolvedModel(
@@ -136,7 +138,7 @@ def resolve_model(
         labels=weighted.labels,
         weights=weighted.origin,
         weights_sha256=weighted.sha256,
-        notes=(*source.notes, *weighted.notes, *_preprocess_notes(preprocess)),
+        notes=(*source.notes, *weighted.notes, *assumptions),
     )
 
 
@@ -204,7 +206,7 @@ def _from_hub(source: ModelSource, num_classes: int | None) -> _Weighted:
             f"the public weights of {source.spec} have {count} classes and --num-classes says {num_classes}; "
             "give weights fine-tuned to yours with --weights FILE"
         )
-    return _Weighted(public.module, public.origin, labels=public.labels, preprocess=public.preprocess)
+    return _Weighted(public.module, public.origin, None, public.labels, public.preprocess, public.notes)
 
 
 def _from_seed(
@@ -300,14 +302,14 @@ def read_preprocess(path: Path, input_size: int | None = None) -> PreprocessSpec
 
 
 def _preprocess_notes(preprocess: Preprocessing) -> tuple[str, ...]:
-    if preprocess.source != ASSUMED:
+    if not preprocess.assumed:
         return ()
     spec = preprocess.spec
+    height, width = spec.input_hw
     return (
-        f"preprocessing is assumed: resize the shorter side to {round(spec.input_hw[0] / spec.crop_fraction)}, "
-        f"crop {spec.input_hw[0]}, {spec.interpolation}, mean {spec.mean}, std {spec.std}, {spec.color}; a wrong "
-        "one can cost 10 points of accuracy without a sign: give --preprocess FILE, or set edgefold_preprocess "
-        "on the module",
+        f"preprocessing is assumed, not known ({preprocess.source}): {spec.resize} resize, {spec.interpolation}, "
+        f"crop fraction {spec.crop_fraction:g} to {height}×{width}, {spec.color}, mean {spec.mean}, std "
+        f"{spec.std}. A wrong one can cost 10 points of accuracy in silence: give --preprocess FILE",
     )
 
 
@@ -359,10 +361,11 @@ def _resolve_onnx(
             f"{path} does not declare its class count {outputs[0].shape}; give --num-classes N"
         )
     _check_outputs(spec, count, num_classes)
-    base = override or replace(DEFAULT_PREPROCESS, input_hw=(height, width))
-    preprocess = Preprocessing(
-        replace(base, layout=layout), str(preprocess_file) if override is not None else ASSUMED
-    )
+    if override is None:
+        preprocess = imagenet_default((height, width))
+    else:
+        preprocess = Preprocessing(override, str(preprocess_file))
+    preprocess = replace(preprocess, spec=replace(preprocess.spec, layout=layout))
     return ResolvedModel(
         spec=spec,
         name=path.stem,

@@ -28,15 +28,12 @@ from pipeline.models.library_preprocess import (
 from pipeline.models.registry import NETWORKS, Network
 from pipeline.models.weights import ModelCard, bundled_tags, bundled_weights, card_beside, download
 
-__all__ = ["ASSUMED", "DEFAULT_PREPROCESS", "ModelSource", "Pretrained", "open_source"]
-
-ASSUMED = "assumed (ImageNet defaults)"
-"""`Preprocessing.source` where nothing declares one."""
+__all__ = ["ModelSource", "Pretrained", "imagenet_default", "open_source"]
 
 _N_NEAR = 5
 _IMAGENET_CLASSES = 1000
 _DEFAULT_INPUT = 224
-DEFAULT_PREPROCESS = PreprocessSpec(
+_DEFAULT_PREPROCESS = PreprocessSpec(
     (_DEFAULT_INPUT, _DEFAULT_INPUT),
     crop_fraction=0.875,
     mean=(0.485, 0.456, 0.406),
@@ -62,6 +59,7 @@ class Pretrained:
     labels: tuple[str, ...] = ()
     preprocess: Preprocessing | None = None
     """Where these weights want another one than their architecture's default."""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +141,7 @@ def _builtin_source(
     else:
         trained_size, num_classes = input_size or network.input_size, network.num_classes
         base, source = network.preprocess, f"default of {network.name}"
-    preprocess = Preprocessing(_resized(base, input_size), source)
+    preprocess = Preprocessing(_resized(base, input_size), source, assumed=card is None)
 
     def build(wanted: int | None) -> nn.Module:
         return network.build(wanted or num_classes, trained_size, **arguments)
@@ -153,9 +151,9 @@ def _builtin_source(
         donor = download(network.name, lambda: timm.create_model(network.timm_name, pretrained=True))
         module = build(None)
         origin = f"pretrained ({donor.pretrained_cfg['architecture']}.{donor.pretrained_cfg['tag']} of timm)"
-        load_state(module, donor.state_dict(), origin, network.dropped)
-        public = replace(timm_preprocessing(donor, input_size), reference=None)
-        return Pretrained(module, origin, _timm_labels(donor), public)
+        dropped = load_state(module, donor.state_dict(), origin, network.dropped)
+        public = timm_preprocessing(donor, input_size)
+        return Pretrained(module, origin, _timm_labels(donor), public, dropped)
 
     if network.has_low_resolution_stem(trained_size):
         notes.append(
@@ -174,6 +172,11 @@ def _builtin_source(
         tags=bundled_tags(network.name),
         notes=tuple(notes),
     )
+
+
+def imagenet_default(input_hw: tuple[int, int]) -> Preprocessing:
+    """The preprocessing of a model that declares none."""
+    return Preprocessing(replace(_DEFAULT_PREPROCESS, input_hw=input_hw), "ImageNet defaults", assumed=True)
 
 
 def _resized(spec: PreprocessSpec, input_size: int | None) -> PreprocessSpec:
@@ -247,8 +250,8 @@ def _torchvision_source(spec: str, name: str, input_size: int | None) -> ModelSo
         )
         module = build(None)
         origin = f"pretrained (torchvision {type(weights).__name__}.{weights.name})"
-        load_state(module, state, origin, _AUXILIARY)
-        return Pretrained(module, origin, tuple(weights.meta["categories"]))
+        dropped = load_state(module, state, origin, _AUXILIARY)
+        return Pretrained(module, origin, tuple(weights.meta["categories"]), notes=dropped)
 
     notes: tuple[str, ...] = ()
     if arguments:
@@ -274,7 +277,8 @@ def _factory_source(spec: str, path: Path, name: str, input_size: int | None) ->
             return Preprocessing(_resized(own, input_size), f"edgefold_preprocess of {path.name}")
         if isinstance(getattr(module, "pretrained_cfg", None), dict):  # a timm model inside the factory
             return timm_preprocessing(module, input_size)
-        return Preprocessing(_resized(DEFAULT_PREPROCESS, input_size), ASSUMED)
+        size = input_size or _DEFAULT_INPUT
+        return imagenet_default((size, size))
 
     return ModelSource(
         spec, f"{path.stem}:{name}", factory.build, preprocess, dropped=_AUXILIARY, has_own_weights=True

@@ -91,6 +91,7 @@ def test_class_count_is_read_from_the_head(lite_file):
     model = resolve_model(LITE, weights=lite_file, input_size=32)
     assert model.num_classes == 5
     assert any("5 classes, read from the head" in note for note in model.notes)
+    assert any("assumed, not known (default of inception_resnet_lite)" in note for note in model.notes)
     assert model.weights == lite_file
     assert len(model.weights_sha256) == 64
     assert not model.module.training
@@ -151,6 +152,19 @@ def test_a_fine_tuned_torchvision_checkpoint_loads_into_inception_v3(tmp_path):
         assert said in notes
 
 
+def test_a_face_checkpoint_serves_as_embedding_and_as_classifier(tmp_path):
+    path = str(tmp_path / "face.safetensors")
+    classifier = resolve_model("inception_resnet_v1", weights="random:0", num_classes=6, input_size=96)
+    save_file(classifier.module.state_dict(), path)
+    assert resolve_model("inception_resnet_v1", weights=path, input_size=96).num_classes == 6
+    embedding = resolve_model("inception_resnet_v1_embedding", weights=path, input_size=96)
+    assert embedding.num_classes == 512
+    assert any("dropped logits (2 tensors)" in note for note in embedding.notes)
+    save_file(embedding.module.state_dict(), path)
+    with pytest.raises(WeightsError, match=r"2 missing: logits\.weight, logits\.bias"):
+        resolve_model("inception_resnet_v1", weights=path, input_size=96)
+
+
 def test_random_weights_say_what_they_are():
     model = resolve_model(LITE, weights="random:3", input_size=32, num_classes=4)
     assert (model.weights, model.weights_sha256, model.num_classes) == ("random:3", None, 4)
@@ -185,6 +199,40 @@ def test_pretrained_where_nothing_is_published():
 def test_pretrained_features_are_no_classifier():
     with pytest.raises(WeightsError, match="without a classifier"):
         resolve_model("timm:vit_small_patch14_dinov2", weights="pretrained")
+
+
+class Donor(nn.Module):
+    """What timm would have fetched: our keys, and the auxiliary head that its checkpoint carries."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = inception_v3(1000)
+        self.num_classes = 1000
+        self.pretrained_cfg = {
+            "architecture": "inception_v3",
+            "tag": "gluon_in1k",
+            "input_size": (3, 299, 299),
+            "num_classes": 1000,
+            "mean": (0.485, 0.456, 0.406),
+        }
+
+    def state_dict(self):
+        return {**self.network.state_dict(), "AuxLogits.fc.weight": torch.zeros(1000, 768)}
+
+
+def test_pretrained_weights_bring_the_preprocessing_of_their_tag(monkeypatch):
+    """Inception-v3's tags differ in their normalization; the network's default would be wrong for this one."""
+    timm = pytest.importorskip("timm")
+    donor = Donor()
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: donor)
+    model = resolve_model("inception_v3", weights="pretrained", input_size=107)
+    assert model.preprocess.mean == (0.485, 0.456, 0.406)
+    assert model.weights == "pretrained (inception_v3.gluon_in1k of timm)"
+    assert len(model.labels) == 1000
+    assert torch.equal(model.module.fc.weight, donor.network.fc.weight)
+    assert model.reference_transform(photograph()).shape == (3, 107, 107)
+    assert any("dropped AuxLogits" in note for note in model.notes)
+    assert not any("assumed" in note for note in model.notes)
 
 
 def test_pretrained_through_timm_s_client(monkeypatch):
@@ -252,6 +300,31 @@ def test_a_tag_and_weights_contradict(bundled):
         resolve_model(f"{LITE}.toy", weights="random:0")
 
 
+def test_trained_weights_are_read_by_the_card_beside_them(tmp_path):
+    """Another width, another size, another normalization: none of it is in the weights' names."""
+    path = tmp_path / "weights.safetensors"
+    torch.manual_seed(1)
+    save_file(inception_resnet_lite(3, width=0.5, small_input=True).state_dict(), path)
+    card = {
+        "model": LITE,
+        "width": 0.5,
+        "input_size": 40,
+        "num_classes": 3,
+        "labels": ["a", "b", "c"],
+        "preprocess": {"input_hw": [40, 40], "std": [0.2, 0.2, 0.2]},
+    }
+    (tmp_path / "card.json").write_text(json.dumps(card))
+    model = resolve_model(LITE, weights=str(path))
+    assert model.labels == ("a", "b", "c")
+    assert model.preprocess == PreprocessSpec((40, 40), std=(0.2, 0.2, 0.2))
+    assert any("model card beside the weights" in note for note in model.notes)
+    with pytest.raises(WeightsError, match="has 3 classes and --num-classes says 4"):
+        resolve_model(LITE, weights=str(path), num_classes=4)
+    (tmp_path / "card.json").write_text(json.dumps({**card, "num_classes": 2, "labels": ["a", "b"]}))
+    with pytest.raises(WeightsError, match="has 3 classes and the model card says 2"):
+        resolve_model(LITE, weights=str(path))
+
+
 # --- factories --------------------------------------------------------------------------------------
 
 FACTORY = """
@@ -315,7 +388,10 @@ def test_a_factory_s_own_weights_are_accepted_with_a_note(factory_file):
     assert model.name == "my model:build"
     notes = "\n".join(model.notes)
     assert "those the factory gave" in notes
-    assert "preprocessing is assumed: resize the shorter side to 55, crop 48" in notes
+    assert (
+        "assumed, not known (ImageNet defaults): shorter resize, bilinear, crop fraction 0.875 to 48×48"
+        in notes
+    )
     assert sys.path == path_before
 
 
