@@ -93,6 +93,17 @@ def test_activations_neither_vanish_nor_explode():
     assert max(spreads) < 10
 
 
+def test_noise_has_the_spectrum_of_photographs():
+    """Field 1987: amplitude falls as 1/f, so every octave of a line has about the same energy."""
+    images = noise_images(torch.Generator().manual_seed(0), 8, (128, 128))
+    assert images.shape == (8, 3, 128, 128)
+    power = torch.fft.rfft(images - images.mean((2, 3), keepdim=True)).abs().square().mean((0, 1, 2))
+    octaves = torch.stack([power[low : 2 * low].sum() for low in (1, 2, 4, 8, 16)])
+    assert float(octaves.max() / octaves.min()) < 4
+    white = torch.fft.rfft(torch.randn_like(images)).abs().square().mean((0, 1, 2))
+    assert float(white[16:32].sum() / white[1:2].sum()) > 8
+
+
 def test_no_batch_norm_stays_trivial_and_training_settings_survive():
     module = random_lite(1)
     for norm in (m for m in module.modules() if isinstance(m, nn.BatchNorm2d)):
