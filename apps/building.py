@@ -84,7 +84,7 @@ class BuildOutcome:
                 "bundle": str(self.bundle.path),
                 "name": manifest.name,
                 "precision": manifest.precision,
-                "engine": manifest.engine.backend,
+                "engine": manifest.ready_engine().backend,
                 "accuracy": dataclasses.asdict(manifest.accuracy) if manifest.accuracy else None,
                 "stages": [{"stage": s.stage, "seconds": s.seconds} for s in manifest.stages],
                 "files": {name: record.size_bytes for name, record in manifest.files.items()},
@@ -296,10 +296,10 @@ def print_build(outcome: BuildOutcome) -> None:
     if outcome.validation is not None:
         print_validation(outcome.validation, console)
     sizes = {name: record.size_bytes / 1e6 for name, record in manifest.files.items()}
-    engine_mb, fp32_mb = sizes[manifest.engine.file], sizes[FOLDED_NAME]
+    engine_mb, fp32_mb = sizes[manifest.ready_engine().file], sizes[FOLDED_NAME]
     console.print(
         f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}: "
-        f"{manifest.engine.file} {engine_mb:.1f} MB (fp32 {fp32_mb:.1f} MB)"
+        f"{manifest.ready_engine().file} {engine_mb:.1f} MB (fp32 {fp32_mb:.1f} MB)"
     )
     console.print(f"bundle: {outcome.bundle.path}", markup=False, soft_wrap=True)
     console.print(f"report: {outcome.bundle.file('report.html')}", markup=False, soft_wrap=True)
@@ -341,6 +341,7 @@ def _manifest(
             weights_sha256=model.weights_sha256,
             num_classes=model.num_classes,
             input_size=request.input_size,
+            weights_option=request.weights,
         ),
         inputs=final.inputs,
         outputs=final.outputs,

@@ -67,7 +67,9 @@ def _in_short(outcome: BuildOutcome, summary: StreamSummary, report: Path) -> li
     manifest = outcome.bundle.manifest
     assert manifest.accuracy is not None, "the demo always judges"
     accuracy = manifest.accuracy
-    fp32, int8 = (manifest.files[name].size_bytes / 1e6 for name in ("model.onnx", manifest.engine.file))
+    fp32, int8 = (
+        manifest.files[name].size_bytes / 1e6 for name in ("model.onnx", manifest.ready_engine().file)
+    )
     latency = summary.latency["infer"]
     lines = [
         f"A PyTorch network that reads {len(manifest.labels)} road signs was turned into an INT8 engine for this "

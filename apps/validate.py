@@ -81,7 +81,7 @@ def validate_command(
     from pipeline.validation_result import check_budget
 
     opened = open_bundle(bundle)
-    backend = get_backend(engine.value if engine else opened.manifest.engine.backend)
+    backend = get_backend(engine.value if engine else opened.manifest.ready_engine().backend)
     subject = subject_of_bundle(opened, backend)
     if labels is not None:
         subject = dataclasses.replace(subject, labels=read_labels(labels))
