@@ -87,8 +87,9 @@ def build_command(
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Export, fold, calibrate, compile and judge a model: one bundle, or an error and nothing."""
-    from apps.building import BuildRequest, build, print_build
+    from apps.building import build
     from apps.console import print_json, progress_display
+    from apps.publishing import BuildRequest, print_build
 
     request = BuildRequest(
         model=model,

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from apps.building import BuildRequest, build
+from apps.building import build
 from apps.cli import main
+from apps.publishing import BuildRequest
 from pipeline.bundle import open_bundle
 from pipeline.errors import AccuracyGateError, DataError, EdgefoldError, UnsupportedError, UsageError
 
