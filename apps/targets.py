@@ -57,7 +57,11 @@ def _print_all() -> None:
     from pipeline.targets import TARGETS
 
     table = Table(
-        title="Targets, with dense peak rates", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+        title="Targets, with dense peak rates",
+        title_justify="left",
+        box=box.SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("target", no_wrap=True)
     table.add_column("sm")
