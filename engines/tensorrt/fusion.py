@@ -331,7 +331,7 @@ class _Planner:
         draft = _Draft(layer, position)
         self._drafts.append(draft)
         self._own(draft, nodes)
-        if stores:
+        if stores and grid is not None:
             self._own(draft, self._quantizers(value, grid))
         elif grid is not None:
             self._quantize(
