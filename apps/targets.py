@@ -65,7 +65,7 @@ def _print_all() -> None:
     )
     table.add_column("target", no_wrap=True)
     table.add_column("sm")
-    table.add_column("builds with")
+    table.add_column("builds with", no_wrap=True)
     for heading in ("GiB", "GB/s", "int8\nTOPS", "fp16\nTFLOPS", "DLA\nTOPS"):
         table.add_column(heading, justify="right", no_wrap=True)
     for target in TARGETS:
@@ -80,8 +80,8 @@ def _print_all() -> None:
             style=None if target.buildable else "dim",
         )
     console.print(table)
-    console.print("JP: a JetPack's TensorRT; RTX: or TensorRT-RTX; –: no source gives the figure")
-    console.print("edgefold targets NAME shows everything of one, with the sources")
+    console.print("builds with: JetPack on a Jetson, else TRT (TensorRT), RTX (TensorRT-RTX)")
+    console.print("–: no source gives it. edgefold targets NAME shows one with its sources")
 
 
 def _versions(target: Target) -> str:
@@ -93,9 +93,9 @@ def _versions(target: Target) -> str:
     if not target.buildable:
         return "estimate only"
     if target.kind == "jetson":
-        return f"JP {' '.join(release.version for release in jetpacks_of(target))}"
+        return f"{' '.join(release.version for release in jetpacks_of(target))}"
     first = target.tensorrt.first if target.tensorrt else None
-    versions = f"TensorRT {first}+" if first else "TensorRT"
+    versions = f"TRT {first}+" if first else "TRT"
     return f"{versions}, RTX" if target.tensorrt_rtx else versions
 
 
