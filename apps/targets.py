@@ -93,7 +93,7 @@ def _versions(target: Target) -> str:
     if not target.buildable:
         return "estimate only"
     if target.kind == "jetson":
-        return f"{' '.join(release.version for release in jetpacks_of(target))}"
+        return " ".join(release.version for release in jetpacks_of(target))
     first = target.tensorrt.first if target.tensorrt else None
     versions = f"TRT {first}+" if first else "TRT"
     return f"{versions}, RTX" if target.tensorrt_rtx else versions
