@@ -17,8 +17,10 @@ from apps.build import build_command
 from apps.console import console
 from apps.demo import demo_command
 from apps.doctor import doctor_command
+from apps.estimate import estimate_command
 from apps.inspect import inspect_command
 from apps.stream import stream_command
+from apps.targets import targets_command
 from apps.train import train_command
 from apps.validate import validate_command
 from pipeline.errors import EdgefoldError
@@ -56,7 +58,9 @@ app.command("validate")(validate_command)
 app.command("stream")(stream_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
+app.command("estimate")(estimate_command)
 app.command("train")(train_command)
+app.command("targets")(targets_command)
 app.command("doctor")(doctor_command)
 app.command("demo")(demo_command)
 
