@@ -33,7 +33,7 @@ from engines.tensorrt.quantized_graph import PRECISION_BYTES, Grid, QuantizedGra
 from pipeline.inspection import node_macs
 from pipeline.passes.linear import STANDARD_DOMAINS
 
-__all__ = ["FusedLayer", "Kind", "Precision", "predict_layers"]
+__all__ = ["FusedLayer", "Kind", "Precision", "plan_layers", "predict_layers", "rewritten_tensor"]
 
 Precision = Literal["int8", "fp16", "bf16", "fp32"]
 Kind = Literal[
@@ -84,7 +84,17 @@ def predict_layers(model: ir.Model) -> tuple[FusedLayer, ...]:
     Raises:
         UnsupportedError: a scale is not one constant a tensor, or a shape depends on the data.
     """
-    return _Planner(QuantizedGraph(model)).run()
+    return plan_layers(QuantizedGraph(model))
+
+
+def plan_layers(graph: QuantizedGraph) -> tuple[FusedLayer, ...]:
+    """As `predict_layers`, of a graph that the caller has further questions to."""
+    return _Planner(graph).run()
+
+
+def rewritten_tensor(layer: FusedLayer) -> str:
+    """The tensor that a ``quantize``, ``requantize`` or ``dequantize`` rewrites."""
+    return layer.name.removeprefix(f"{layer.kind} ")
 
 
 @dataclass(slots=True)
