@@ -98,6 +98,8 @@ class _Audit:
             return "noop"
         if ops & LINEAR and _COMPUTES.search(kernel.layer_type):
             return "conv" if ops & {"Conv", "ConvTranspose"} else "fc"
+        if "Concat" in ops and not ops & POINTWISE:
+            return "concat"
         if kernel.layer_type == "Reformat" or ops <= {"QuantizeLinear", "DequantizeLinear"}:
             return _rewriting(kernel)
         if ops & (POINTWISE - {"Cast"}) or ops & LINEAR:
@@ -108,8 +110,6 @@ class _Audit:
             return "reduce"
         if "Softmax" in ops:
             return "softmax"
-        if "Concat" in ops:
-            return "concat"
         return "reformat" if all(is_move(node) or node.op_type in _TYPE_OPS for node in running) else "other"
 
     def _precision(self, kernel: Kernel, kind: Kind) -> Precision:
