@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from engines.tensorrt.fusion import Kind, Precision
+from engines.tensorrt.layers import Kind, Precision
 from pipeline.errors import EngineError, IntegrityError
 
 __all__ = [

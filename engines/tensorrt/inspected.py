@@ -16,8 +16,8 @@ import onnx_ir as ir
 
 from engines.tensorrt.audit import COMPUTING, AuditedLayer, AuditReport, Finding, Tally
 from engines.tensorrt.epilogue import LINEAR, POINTWISE, runs_in_int8
-from engines.tensorrt.fusion import Kind, Precision
 from engines.tensorrt.inspector import Kernel, kernels_of_build_log, kernels_of_inspector
+from engines.tensorrt.layers import Kind, Precision
 from engines.tensorrt.predict import predict_audit
 from engines.tensorrt.quantized_graph import QuantizedGraph, is_move, node_name
 from engines.tensorrt.sums import concat_finding, float_add, residual_sums, unfused_add

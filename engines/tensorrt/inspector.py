@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.tensorrt.fusion import Precision
+from engines.tensorrt.layers import Precision
 from pipeline.errors import EngineError
 
 __all__ = ["Kernel", "kernels_of_build_log", "kernels_of_inspector"]

@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from engines.tensorrt.audit import COMPUTING, AuditedLayer, AuditReport, Edit, Finding, Tally
 from engines.tensorrt.epilogue import LINEAR
-from engines.tensorrt.fusion import FusedLayer, plan_layers, rewritten_tensor
+from engines.tensorrt.fusion import plan_layers
+from engines.tensorrt.layers import FusedLayer, rewritten_tensor
 from engines.tensorrt.quantized_graph import QuantizedGraph, float_source, node_name
 from engines.tensorrt.sums import concat_finding, float_add, residual_sums, unfused_add
 
@@ -46,6 +47,11 @@ class _Audit:
             "bf16",
         }
         self._mixed = bool(narrow)
+        self._behind_a_layer: set[ir.Node] = set()
+        for node in graph.nodes:
+            sources = {value.producer() for value in node.inputs if value is not None}
+            if node.op_type in LINEAR or sources & self._behind_a_layer:
+                self._behind_a_layer.add(node)
 
     def run(self) -> AuditReport:
         sums = residual_sums(self._graph)
@@ -97,12 +103,12 @@ class _Audit:
             finding = self._rewrite(layer)
             if finding is not None:
                 yield finding
-        elif layer.kind == "reformat" and self._quantized:
+        elif layer.kind == "reformat":
             yield Finding(
                 "reformat",
                 layer.name,
                 f"{layer.name} {layer.reason}: {layer.input_bytes} bytes read, {layer.output_bytes} written an image",
-                "none where a graph's input or output changes type or layout; elsewhere use one type on both sides",
+                self._border(layer) or "use one type and one order of axes on both sides of it",
             )
         if layer.kind in ("conv", "fc") and layer.precision != "int8" and self._quantized:
             yield self._float_layer(layer)
@@ -114,6 +120,15 @@ class _Audit:
                 "lower the float remainder to fp16, or to bf16 where fp16 overflows",
                 Edit("lower", (), layer.nodes),
             )
+
+    def _border(self, layer: FusedLayer) -> str | None:
+        """Why a kernel at the edge of the graph has no remedy; ``None``: it is not at the edge."""
+        nodes = [self._nodes[name] for name in layer.nodes if name in self._nodes]
+        if not any(node in self._behind_a_layer for node in nodes):
+            return "none: it brings the graph's input into the form that the first layer takes"
+        if any(value.is_graph_output() for node in nodes for value in node.outputs):
+            return "none: it brings the result into the form of the graph's output"
+        return None
 
     def _float_layer(self, layer: FusedLayer) -> Finding:
         node = next(self._nodes[name] for name in layer.nodes if name in self._nodes and self._nodes[name].op_type in LINEAR)  # fmt: skip
@@ -152,9 +167,9 @@ class _Audit:
             )
         if layer.kind == "quantize":
             in_float = [node for node in readers if node.op_type != "QuantizeLinear"]
-            producer = value.producer()
-            if producer is None and not in_float:
-                remedy, edit = "none: the graph's input arrives as float", None
+            border = self._border(layer)
+            if border is not None:
+                remedy, edit = border, None
             elif in_float:
                 remedy = "let these readers take the quantized tensor too"
                 edit = Edit("insert_qdq", (name,), tuple(map(node_name, in_float)))

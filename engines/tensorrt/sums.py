@@ -126,7 +126,7 @@ def concat_finding(graph: QuantizedGraph, concat: ir.Node, layer: str, copied: b
         return Finding(
             "concat_copied",
             layer,
-            f"{describe(concat)} copies a part that is a graph input, a constant, or part of an earlier concatenation",
+            f"{describe(concat)} copies a part that is a graph input, a slice, or written into a later concatenation",
             "none: a tensor can be written into one place only",
         )
     return None
