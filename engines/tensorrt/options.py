@@ -102,7 +102,9 @@ def _check_features(options: TensorRtOptions, api: TensorRtApi) -> None:
             f"{api.title} has no hardware compatibility 'same_compute_capability'; use 'ampere_plus' or "
             "'none', or a later TensorRT"
         )
-    if api.flavour == "tensorrt_rtx" and (options.version_compatible or options.hardware_compatibility != "none"):
+    if api.flavour == "tensorrt_rtx" and (
+        options.version_compatible or options.hardware_compatibility != "none"
+    ):
         # The names exist: it warns about one and looks for a lean library it does not ship for the other.
         raise UnsupportedError(
             f"{api.title} has no version-compatible and no hardware-compatible plans; name every compute "

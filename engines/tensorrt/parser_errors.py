@@ -111,7 +111,8 @@ def _words(failure: ParserFailure) -> str:
     lines = [line.strip() for line in failure.description.splitlines()]
     kept = [line for line in lines if line and not _NOISE.search(line)]
     text = " ".join(kept).replace("Assertion failed: ", "")
-    text = re.sub(r" In \w+ at \S+", "", text)
+    text = re.sub(r"\.? In \w+ at [^\s)]+\)?", "", text)
+    text = re.sub(r"\S+: Error Code \d+: [\w ]+ \((\w+: )?", "", text)  # repeats the node's name
     return "it has no importer for it" if text in ("false", "") else text[:400]
 
 
@@ -158,11 +159,11 @@ def _module_path(model: Any, node: Any) -> str | None:
     for prop in node.metadata_props:
         if prop.key == "namespace" and prop.value:
             return str(prop.value)
-    initializers = {tensor.name for tensor in model.graph.initializer}
     for candidate in (node, *_consumers(model, node)):
         for name in candidate.input:
-            if name in initializers and re.search(r"\.(weight|bias)(_|$)", name):
-                return name.rsplit(".", 1)[0]
+            match = re.fullmatch(r"(.+)\.(?:weight|bias)(?:_\w+)?", name)
+            if match:
+                return match[1]
     return None
 
 

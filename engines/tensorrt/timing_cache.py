@@ -71,9 +71,7 @@ class TimingCacheFile:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
                 timings = combine(self.read())
-                with tempfile.NamedTemporaryFile(
-                    dir=self._path.parent, suffix=".tmp", delete=False
-                ) as file:
+                with tempfile.NamedTemporaryFile(dir=self._path.parent, suffix=".tmp", delete=False) as file:
                     temporary = Path(file.name)
                     file.write(hashlib.sha256(timings).digest())
                     file.write(timings)
@@ -81,7 +79,9 @@ class TimingCacheFile:
                     os.fsync(file.fileno())
                 temporary.replace(self._path)
         except (OSError, Timeout) as error:
-            _log.warning("timing cache %s cannot be written (%s); the next build times again", self._path, error)
+            _log.warning(
+                "timing cache %s cannot be written (%s); the next build times again", self._path, error
+            )
             if temporary is not None:
                 temporary.unlink(missing_ok=True)
             return False
