@@ -27,11 +27,23 @@ from pipeline.artifacts import EngineArtifact, EngineOptions, Fingerprint, Model
 from pipeline.contracts import EngineBackend, Progress, Runner
 from pipeline.errors import EngineError, IntegrityError, UnsupportedError
 
-__all__ = ["BACKEND", "BUILD_RECORD_NAME", "INSPECTOR_NAME", "RTX_BACKEND", "TensorRtBackend"]
+__all__ = [
+    "BACKEND",
+    "BUILD_RECORD_NAME",
+    "INSPECTOR_NAME",
+    "KERNEL_LOG_NAME",
+    "PLAN_SIDE_FILES",
+    "RTX_BACKEND",
+    "TensorRtBackend",
+    "read_build_record",
+]
 
 PLAN_NAMES: dict[Flavour, str] = {"tensorrt": "model.plan", "tensorrt_rtx": "model.rtx.plan"}
 BUILD_RECORD_NAME = "plan.json"
 INSPECTOR_NAME = "plan.inspector.json"
+KERNEL_LOG_NAME = "plan.kernels.log"
+PLAN_SIDE_FILES = (BUILD_RECORD_NAME, INSPECTOR_NAME, KERNEL_LOG_NAME)
+"""What `TensorRtBackend.build` may write beside a plan."""
 _AHEAD_OF_TIME = "ahead of time"
 _VERSION_COMPATIBLE = "version_compatible"
 _RECORD: TypeAdapter[BuiltPlan] = TypeAdapter(BuiltPlan)
@@ -62,7 +74,7 @@ class TensorRtBackend:
 
         Args:
             model: strongly typed ONNX of the TensorRT placement.
-            out_dir: gets the plan, `BUILD_RECORD_NAME` and, on a GPU, `INSPECTOR_NAME`.
+            out_dir: gets the plan, `BUILD_RECORD_NAME`, and what there is of `PLAN_SIDE_FILES`.
             options: ``batch`` builds for that batch alone, instead of ``build_options.profiles``.
 
         Raises:
@@ -80,7 +92,11 @@ class TensorRtBackend:
         built = build_plan(api, model, out_dir / PLAN_NAMES[self.flavour], build_options, self.progress)
         if built.inspector is not None:
             (out_dir / INSPECTOR_NAME).write_text(built.inspector, encoding="utf-8")
-        record = replace(built, path=Path(built.path.name), timing_cache=None, inspector=None)
+        if built.kernel_log is not None:
+            (out_dir / KERNEL_LOG_NAME).write_text(built.kernel_log, encoding="utf-8")
+        record = replace(
+            built, path=Path(built.path.name), timing_cache=None, inspector=None, kernel_log=None
+        )
         (out_dir / BUILD_RECORD_NAME).write_bytes(_RECORD.dump_json(record, indent=2))
         return EngineArtifact(
             path=built.path,
@@ -121,6 +137,20 @@ class TensorRtBackend:
         device = device_identity()
         capabilities = (f"sm_{device.sm}", f"driver {device.driver}", f"CUDA {device.cuda}")
         return Fingerprint(self.name, api.version_text, device.name, capabilities)
+
+
+def read_build_record(folder: Path) -> BuiltPlan:
+    """What `TensorRtBackend.build` wrote into `folder` about the plan.
+
+    Raises:
+        IntegrityError: there is no such record, or it is damaged.
+    """
+    try:
+        return _RECORD.validate_json((folder / BUILD_RECORD_NAME).read_bytes())
+    except (OSError, ValueError) as error:
+        raise IntegrityError(
+            f"{folder / BUILD_RECORD_NAME} is no record of a plan ({error}); build it again"
+        ) from error
 
 
 BACKEND: EngineBackend = TensorRtBackend("tensorrt")

@@ -91,6 +91,7 @@ def build_plan(
         timing_cache=timing_cache if result["timing_cache_written"] else None,
         warnings=(*tried, *result["notes"]),
         inspector=probe_plan(api, plan_path, sha256) if loadable else None,
+        kernel_log=result["kernel_log"],
     )
 
 

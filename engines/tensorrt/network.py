@@ -29,6 +29,8 @@ _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|memory allocation (failed|error)|allocation failed|insufficient memory", re.I
 )
 _SHOWN_ERRORS = 4
+_KERNEL = ", LayerType: "
+"""In every line with which a log of verbosity VERBOSE describes a kernel of the finished engine."""
 
 
 class BuildMemoryError(EngineError):
@@ -45,23 +47,29 @@ class CompiledNetwork:
     profiles: tuple[BatchProfile, ...]
     notes: tuple[str, ...]
     timing_cache_written: bool
+    kernel_log: str | None
+    """The lines of the log that describe the engine's kernels, where the library writes them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """What TensorRT said, a list each of warnings and errors, without repetitions."""
+    """What TensorRT said: warnings and errors without repetitions, and the kernels it describes at the end."""
 
     warnings: list[str]
     errors: list[str]
+    kernels: list[str]
 
 
 def make_logger(api: TensorRtApi) -> tuple[Any, Log]:
     """A logger for TensorRT and the lists it fills."""
     trt = api.module
-    log = Log([], [])
+    log = Log([], [], [])
     severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
 
     def collect(self: Any, severity: Any, message: str) -> None:
+        if _KERNEL in message:
+            log.kernels.extend(line for line in message.splitlines() if _KERNEL in line)
+            return
         lines = log.errors if severity in severe else log.warnings
         if severity in (*severe, trt.ILogger.WARNING) and message not in lines:
             lines.append(message)
@@ -149,7 +157,9 @@ class _Attempt:
         if plan is None:
             raise self._failure("cannot build the network")
         written = self._timing_file is not None and self._timing_file.merge(self._merged_timings)
-        return CompiledNetwork(plan, self._strongly_typed, profiles, tuple(self._log.warnings), written)
+        kernels = "\n".join(self._log.kernels) or None
+        warnings = tuple(self._log.warnings)
+        return CompiledNetwork(plan, self._strongly_typed, profiles, warnings, written, kernels)
 
     def _parse(self) -> None:
         if not self._parser.parse(self._onnx_bytes):

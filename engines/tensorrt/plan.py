@@ -76,6 +76,8 @@ class BuiltPlan:
     """What TensorRT warned of, and what was tried before it succeeded."""
     inspector: str | None
     """The engine inspector's JSON; ``None`` without a GPU to load the plan on."""
+    kernel_log: str | None
+    """The kernels as the build log describes them; ``None`` where it does not. TensorRT-RTX's does."""
 
 
 def identify_plan(plan: bytes) -> PlanHeader:

@@ -85,6 +85,7 @@ def _build(job: BuildJob, events: _Events) -> dict[str, Any]:
         "has_profiles": bool(compiled.profiles),
         "notes": compiled.notes,
         "timing_cache_written": compiled.timing_cache_written,
+        "kernel_log": compiled.kernel_log,
     }
 
 
