@@ -3,8 +3,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import sys
-import types
 
 import pytest
 
@@ -41,9 +39,9 @@ def gpu(monkeypatch):
 @pytest.fixture
 def runner(monkeypatch):
     """Records what a runner is made of."""
-    module = types.ModuleType("engines.tensorrt.runner")
-    module.TensorRtRunner = lambda plan, api, options: (plan, api, options)
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(
+        backend_module, "TensorRtRunner", lambda plan, api, options, path: (plan, api, options, path)
+    )
 
 
 @pytest.fixture
@@ -125,10 +123,11 @@ def test_another_batch_than_the_models(ada, make_model, tmp_path):
 
 def test_loaded(ada, artifact, on_an_l4):
     options = EngineOptions(mode="throughput")
-    plan, api, given = ada.load(artifact, options)
+    plan, api, given, path = ada.load(artifact, options)
     assert plan == artifact.path.read_bytes()
     assert api.flavour == "tensorrt_rtx"
     assert given is options
+    assert path == artifact.path
     assert on_an_l4 == [artifact.sha256]
 
 
