@@ -10,10 +10,8 @@ the GPU against both, a trial load in a process that may die of it, and only the
 from __future__ import annotations
 
 import hashlib
-import importlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
 
 from pydantic import TypeAdapter
 
@@ -23,6 +21,7 @@ from engines.tensorrt.builder import build_plan, probe_plan
 from engines.tensorrt.device import device_identity
 from engines.tensorrt.options import BatchProfile, TensorRtOptions
 from engines.tensorrt.plan import BuiltPlan, identify_plan
+from engines.tensorrt.runner import TensorRtRunner
 from pipeline.artifacts import EngineArtifact, EngineOptions, Fingerprint, ModelArtifact
 from pipeline.contracts import EngineBackend, Progress, Runner
 from pipeline.errors import EngineError, IntegrityError, UnsupportedError
@@ -124,8 +123,7 @@ class TensorRtBackend:
         device = device_identity()
         _check_device(artifact, device.name, device.sm)
         probe_plan(api, artifact.path, artifact.sha256)
-        runner = importlib.import_module("engines.tensorrt.runner")  # not needed where one only builds
-        return cast(Runner, runner.TensorRtRunner(plan, api, options))
+        return TensorRtRunner(plan, api, options, path=artifact.path)
 
     def fingerprint(self) -> Fingerprint:
         """This library and this machine's GPU.

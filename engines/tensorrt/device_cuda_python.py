@@ -9,6 +9,7 @@ call looks for it and raises ``RuntimeError`` (12.x) or pathfinder's ``DynamicLi
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -161,7 +162,7 @@ class _PinnedMemory:
     def __init__(self, n_bytes: int) -> None:
         self._pointer: Any = _call(driver.cuMemHostAlloc, n_bytes, 0, about=f"{n_bytes} bytes")
         self.array: NDArray[np.uint8] = np.ctypeslib.as_array(
-            (np.ctypeslib.ctypes.c_uint8 * n_bytes).from_address(int(self._pointer))
+            (ctypes.c_uint8 * n_bytes).from_address(int(self._pointer))
         )
 
     def free(self) -> None:

@@ -117,7 +117,9 @@ def test_a_plan_cannot_be_loaded_without_a_driver(rtx, make_model, tmp_path):
     if builder.find_device() is not None or _driver_present():
         pytest.skip("there is a driver here")
     built = build_plan(rtx, make_model(), tmp_path / "p", ADA, quiet)
-    with pytest.raises(EngineError, match=rf"plan {built.path} cannot be loaded by TensorRT-RTX .*CUDA driver"):
+    with pytest.raises(
+        EngineError, match=rf"plan {built.path} cannot be loaded by TensorRT-RTX .*CUDA driver"
+    ):
         builder.probe_plan(rtx, built.path, built.sha256)
     with pytest.raises(IntegrityError, match="it was not loaded"):
         builder.probe_plan(rtx, built.path, "0" * 64)

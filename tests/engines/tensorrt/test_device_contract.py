@@ -136,7 +136,7 @@ def test_synchronizing_spoils_a_capture_and_the_stream_recovers(device, parts):
     stream, (source, target), (memory, _) = parts
     with device.current():
         stream.begin_capture()
-        with pytest.raises(EngineError, match="STREAM_CAPTURE_UNSUPPORTED.*cannot be captured"):
+        with pytest.raises(EngineError, match=r"STREAM_CAPTURE_UNSUPPORTED.*cannot be captured"):
             stream.synchronize()
         with pytest.raises(EngineError, match="STREAM_CAPTURE_INVALIDATED"):
             stream.end_capture()
