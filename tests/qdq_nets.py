@@ -36,7 +36,7 @@ class QdqNet:
         return ir.serde.deserialize_model(proto)
 
     def op(self, op_type: str, *inputs: str, name: str = "", **attributes: Any) -> str:
-        name = name or f"{op_type}_{len(self._nodes)}"
+        name = name or f"{op_type}_n{len(self._nodes)}"
         node = oh.make_node(op_type, list(inputs), [f"{name}_out"], name=name, **attributes)
         self._nodes.append(node)
         self._channels[f"{name}_out"] = (
@@ -61,16 +61,27 @@ class QdqNet:
         return self.dequantize(self.quantize(value, scale, name), scale)
 
     def conv(
-        self, value: str, out: int, kernel: int = 1, *, int8: bool = True, name: str = "", **attributes: Any
+        self,
+        value: str,
+        out: int,
+        kernel: int = 1,
+        *,
+        int8: bool = True,
+        name: str = "",
+        weight_quantizer: str = "",
+        **attributes: Any,
     ) -> str:
-        """A convolution with bias, padded to keep its size; with `int8` its weight stands behind DQ."""
-        shape = (out, self._channels[value], kernel, kernel)
+        """A convolution with bias, padded to keep its size.
+
+        With `int8` its weight stands behind DQ: as int8, or, with a name for the Q, as float behind Q and DQ.
+        """
+        shape = (out, self._channels[value] // attributes.get("group", 1), kernel, kernel)
+        weight = self.constant(np.ones(shape), np.int8 if int8 and not weight_quantizer else None)
         if int8:
-            stored = self.constant(np.ones(shape), np.int8)
             scales, zeros = self.constant(np.full(out, 0.01)), self.constant(np.zeros(out), np.int8)
-            weight = self.op("DequantizeLinear", stored, scales, zeros, axis=0)
-        else:
-            weight = self.constant(np.ones(shape))
+            if weight_quantizer:
+                weight = self.op("QuantizeLinear", weight, scales, zeros, axis=0, name=weight_quantizer)
+            weight = self.op("DequantizeLinear", weight, scales, zeros, axis=0)
         attributes.setdefault("pads", [kernel // 2] * 4)
         result = self.op("Conv", value, weight, self.constant(np.zeros(out)), name=name, **attributes)
         self._channels[result] = out

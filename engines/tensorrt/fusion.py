@@ -17,61 +17,32 @@ inspector, which the tests compare against):
 * **Q, DQ or Cast left between int8 and float** is a kernel that only rewrites memory: a reformat.
 
 Not predicted, because only the builder's timing decides it: a max pool inside the convolution before it,
-1×1 convolutions of one input merged into one kernel, reformats between memory layouts of one precision.
+1×1 convolutions of one input merged into one kernel (whose part of a concatenation is then copied), reformats
+between memory layouts of one precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, cast
+from typing import cast
 
 import onnx_ir as ir
 
 from engines.tensorrt.epilogue import LINEAR, POINTWISE, linear_epilogue, pointwise_chain, runs_in_int8
-from engines.tensorrt.quantized_graph import PRECISION_BYTES, Grid, QuantizedGraph, is_move, node_name
+from engines.tensorrt.layers import FusedLayer, Kind, Precision
+from engines.tensorrt.quantized_graph import (
+    PRECISION_BYTES,
+    Grid,
+    QuantizedGraph,
+    float_source,
+    is_move,
+    node_name,
+)
 from pipeline.inspection import node_macs
 from pipeline.passes.linear import STANDARD_DOMAINS
 
-__all__ = ["FusedLayer", "Kind", "Precision", "predict_layers"]
-
-Precision = Literal["int8", "fp16", "bf16", "fp32"]
-Kind = Literal[
-    "conv",
-    "fc",
-    "pool",
-    "reduce",
-    "elementwise",
-    "softmax",
-    "concat",
-    "quantize",
-    "requantize",
-    "dequantize",
-    "reformat",
-    "noop",
-    "other",
-]
-"""``quantize``, ``requantize``, ``dequantize`` and ``reformat`` only rewrite memory. A ``noop`` is no kernel
-at all: a reshape, or a concatenation into whose output the producers write."""
-
-
-@dataclass(frozen=True, slots=True)
-class FusedLayer:
-    """One kernel, as predicted, or a ``noop``. MACs and activation bytes are those of one image.
-
-    ``nodes`` are the ONNX nodes it computes, in graph order; every node of a graph is in exactly one
-    layer. ``weight_bytes`` is the whole weight and bias as the engine stores them.
-    """
-
-    name: str
-    kind: Kind
-    nodes: tuple[str, ...]
-    precision: Precision
-    macs: int
-    input_bytes: int
-    weight_bytes: int
-    output_bytes: int
-    reason: str
+__all__ = ["FusedLayer", "plan_layers", "predict_layers"]
 
 
 def predict_layers(model: ir.Model) -> tuple[FusedLayer, ...]:
@@ -84,7 +55,12 @@ def predict_layers(model: ir.Model) -> tuple[FusedLayer, ...]:
     Raises:
         UnsupportedError: a scale is not one constant a tensor, or a shape depends on the data.
     """
-    return _Planner(QuantizedGraph(model)).run()
+    return plan_layers(QuantizedGraph(model))
+
+
+def plan_layers(graph: QuantizedGraph) -> tuple[FusedLayer, ...]:
+    """As `predict_layers`, of a graph that the caller has further questions to."""
+    return _Planner(graph).run()
 
 
 @dataclass(slots=True)
@@ -227,12 +203,21 @@ class _Planner:
         )
 
     def _must_be_copied(self, value: ir.Value, concat: ir.Node) -> bool:
-        """Whether no kernel writes `value` straight into the output of `concat`: another one got it first."""
-        producer = value.producer()
-        if producer is None or producer not in self._owner or self._owner[producer].layer.kind == "noop":
-            return producer is None or producer.op_type not in ("DequantizeLinear", "QuantizeLinear")
-        earlier = [n for n, _ in value.uses() if n.op_type == "Concat" and n is not concat]
-        return any(self._graph.position[n] < self._graph.position[concat] for n in earlier)
+        """Whether no kernel can write `value` straight into the output of `concat`.
+
+        The builder goes from the last concatenation to the first and gives each tensor one place; an input
+        or a slice of another tensor is "not movable" (its words, in a verbose build log).
+        """
+        source = float_source(value)
+        producer = source.producer()
+        if producer is None or producer.op_type in ("Slice", "Split"):
+            return True
+        return any(
+            node.op_type == "Concat"
+            and self._graph.position[node] > self._graph.position[concat]
+            and any(float_source(part) is source for part in self._graph.activations(node))
+            for node in self._graph.nodes
+        )
 
     # Kernels that only rewrite memory ------------------------------------------------------------------
 

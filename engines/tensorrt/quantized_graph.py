@@ -22,7 +22,7 @@ from pipeline.errors import UnsupportedError
 from pipeline.inspection import at_batch_one
 from pipeline.passes.linear import STANDARD_DOMAINS
 
-__all__ = ["PRECISION_BYTES", "Grid", "QuantizedGraph", "is_move", "node_name", "sole_reader"]
+__all__ = ["PRECISION_BYTES", "Grid", "QuantizedGraph", "float_source", "is_move", "node_name", "sole_reader"]
 
 _MOVES = frozenset(
     {
@@ -84,6 +84,16 @@ def sole_reader(value: ir.Value) -> ir.Node | None:
     """The one node that reads `value`, once; ``None`` where others see it too."""
     uses = tuple(value.uses())
     return uses[0].node if len(uses) == 1 and not value.is_graph_output() else None
+
+
+def float_source(value: ir.Value) -> ir.Value:
+    """The tensor calibration knows: what stood where Q and DQ were put, if `value` is behind them."""
+    for op_type in ("DequantizeLinear", "QuantizeLinear"):
+        node = value.producer()
+        if node is None or node.op_type != op_type or node.inputs[0] is None:
+            return value
+        value = node.inputs[0]
+    return value
 
 
 class QuantizedGraph:

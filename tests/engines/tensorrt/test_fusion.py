@@ -133,8 +133,8 @@ def test_a_tensor_can_be_written_into_one_concatenation_only() -> None:
     first = net.op("Concat", shared, net.conv("x", 16, int8=False), axis=1, name="Concat_1")
     second = net.op("Concat", shared, net.conv("x", 8, int8=False), axis=1, name="Concat_2")
     layers = predict_layers(net.model(first, second))
-    assert _layer(layers, "Concat_1").kind == "noop"
-    copied = _layer(layers, "Concat_2")
+    assert _layer(layers, "Concat_2").kind == "noop"
+    copied = _layer(layers, "Concat_1")
     assert (copied.kind, copied.input_bytes, copied.output_bytes) == ("concat", 2 * 16 * 64, 2 * 16 * 64)
 
 
