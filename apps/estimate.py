@@ -36,7 +36,8 @@ def estimate_command(
     precision: Annotated[
         _Precision | None,
         typer.Option(
-            help="Take every layer for one of this precision; by default as the graph says, int8 for a CPU bundle.",
+            help="Take every layer for one of this precision; by default as the graph says, int8 for a CPU bundle "
+            "and for --dla.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +52,8 @@ def estimate_command(
     from pipeline.targets import find_target
 
     device = find_target(target)
-    graph, assumed = _graph(model, precision.value if precision else None)
+    wanted = "int8" if dla and precision is None else precision.value if precision else None
+    graph, assumed = _graph(model, wanted, as_built=not dla)
     result = estimate(
         graph,
         device,
@@ -78,11 +80,11 @@ def as_json(result: Estimate) -> dict[str, Any]:
     }
 
 
-def _graph(path: Path, precision: str | None) -> tuple[ir.Model, str | None]:
+def _graph(path: Path, precision: str | None, *, as_built: bool) -> tuple[ir.Model, str | None]:
     """The graph to look at, and the precision to take every layer for (``None``: each its own).
 
-    A bundle's int8 graph is taken as it is where it was made for TensorRT. That of a CPU bundle has its Q/DQ where
-    CPUs want them, so the folded graph stands in for it.
+    A bundle's int8 graph is taken as it is where it was made for TensorRT's GPU side (`as_built`). That of a CPU
+    bundle has its Q/DQ where CPUs want them, and a DLA has none, so the folded graph stands in for it.
     """
     from pipeline.bundle import open_bundle
     from pipeline.compile import FOLDED_NAME, QUANTIZED_NAME
@@ -92,12 +94,13 @@ def _graph(path: Path, precision: str | None) -> tuple[ir.Model, str | None]:
         return load_model(path), precision
     bundle = open_bundle(path)
     quantized = QUANTIZED_NAME in bundle.manifest.files
-    if quantized and bundle.manifest.target != "cpu" and precision in (None, "int8"):
+    if quantized and as_built and bundle.manifest.target != "cpu" and precision in (None, "int8"):
         return load_model(bundle.file(QUANTIZED_NAME)), None
     return load_model(bundle.file(FOLDED_NAME)), precision or ("int8" if quantized else None)
 
 
 def _print(model: Path, precision: str | None, result: Estimate) -> None:
+    from rich import box
     from rich.markup import escape
     from rich.table import Table
 
@@ -119,12 +122,16 @@ def _print(model: Path, precision: str | None, result: Estimate) -> None:
     }
     limits = ", ".join(f"{bound} {share:.0%}" for bound, share in shares.items())
     console.print(f"{len(result.layers)} kernels; time in layers limited by {limits}")
-    table = Table("kernel", "precision", "limited by", title="The slowest", title_justify="left")
-    for heading in ("µs, from", "to", "peak left", "MMAC"):
+    table = Table(title="The slowest", title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
+    table.add_column("kernel", no_wrap=True, overflow="ellipsis")
+    table.add_column("precision", no_wrap=True)
+    table.add_column("limited by", no_wrap=True)
+    for heading in ("µs, from", "to", "of peak", "MMAC"):
         table.add_column(heading, justify="right", no_wrap=True)
     for layer in sorted(result.layers, key=middles.__getitem__, reverse=True)[:_SHOWN_LAYERS]:
+        first, *fused = layer.name.split(" + ")
         table.add_row(
-            escape(layer.name),
+            escape(first) + (f" +{len(fused)}" if fused else ""),
             layer.precision,
             layer.bound,
             f"{layer.low_us:.1f}",
@@ -133,4 +140,7 @@ def _print(model: Path, precision: str | None, result: Estimate) -> None:
             f"{layer.macs / 1e6:,.0f}" if layer.macs else "",
         )
     console.print(table)
-    console.print("[bold]Assumed[/]: " + escape("; ".join(result.assumptions)))
+    console.print("of peak: what channel padding and waves that are not full leave of it")
+    console.print("[bold]Assumed[/]")
+    for assumption in result.assumptions:
+        console.print(f"- {escape(assumption)}")
