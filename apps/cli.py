@@ -18,6 +18,7 @@ from apps.console import console
 from apps.demo import demo_command
 from apps.doctor import doctor_command
 from apps.estimate import estimate_command
+from apps.finish import finish_command
 from apps.inspect import inspect_command
 from apps.stream import stream_command
 from apps.targets import targets_command
@@ -56,6 +57,7 @@ def _root(
 app.command("build")(build_command)
 app.command("validate")(validate_command)
 app.command("stream")(stream_command)
+app.command("finish")(finish_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 app.command("estimate")(estimate_command)

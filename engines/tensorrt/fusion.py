@@ -42,7 +42,7 @@ from engines.tensorrt.quantized_graph import (
 from pipeline.inspection import node_macs
 from pipeline.passes.linear import STANDARD_DOMAINS
 
-__all__ = ["FusedLayer", "plan_layers", "predict_layers"]
+__all__ = ["FusedLayer", "Kind", "Precision", "plan_layers", "predict_layers"]
 
 
 def predict_layers(model: ir.Model) -> tuple[FusedLayer, ...]:
