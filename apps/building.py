@@ -56,8 +56,6 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
         EdgefoldError: the stage that failed; nothing was published.
     """
     preflight = _check(request)
-    for note in preflight.notes:
-        console.print(f"note: {note}", style="yellow", markup=False)
     with ExitStack() as stack:
         # Opened first: an output that cannot be written is found before any work is done.
         writer = stack.enter_context(BundleWriter(request.out, overwrite=request.overwrite))

@@ -8,14 +8,16 @@ the candidate graphs, their emulated accuracy, the static audit. What needs the 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from apps.building import INPUT_COLOR, Material, open_quantizer
 from apps.console import console
+from apps.device_view import print_dla
 from apps.finishing import AUDIT_NAME, stage_of_plans
-from apps.plans import Offer, TimingOptions, find_builder, make_plans
+from apps.plans import Builder, Offer, TimingOptions, find_builder, make_plans
 from apps.publishing import Made, accuracy_summary
 from apps.validating import Reference, subject_of_models, validate_subject
 from engines.openvino import EMULATOR
@@ -34,7 +36,12 @@ if TYPE_CHECKING:
     from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
-__all__ = ["make_for_device"]
+__all__ = ["DLA_CACHE_NAME", "DLA_REPORT_NAME", "make_for_device"]
+
+DLA_CACHE_NAME = "dla.calibration.cache"
+DLA_REPORT_NAME = "dla.json"
+DLA_TENSORRT = "10.3"
+"""Of JetPack 6, where no other was named: a cache is read by the version in its first line only."""
 
 
 def make_for_device(material: Material, preflight: Preflight, progress: Progress) -> Made:
@@ -68,8 +75,35 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         candidates=tuple(records),
         notes=preflight.notes,
     )
+    if material.request.dla and table is not None:
+        _write_dla_files(material, prepared.folded, table, preflight)
     made = Made(offers[0].model, table, validation, None, deployment)
-    return _with_plan(material, made, offers, progress)
+    try:
+        builder = find_builder(target.sm)
+    except UnsupportedError as error:
+        if target.tensorrt_rtx:
+            console.print(f"note: no plan was built here: {error}", style="yellow", markup=False)
+        audit = predict_audit(load_model(made.final.path))
+        (material.bundle_dir / AUDIT_NAME).write_bytes(report_to_json(audit))
+        return made
+    return _with_plan(material, made, deployment, offers, builder, progress)
+
+
+def _write_dla_files(
+    material: Material, folded: ModelArtifact, table: CalibrationTable, preflight: Preflight
+) -> None:
+    """The calibration cache for the folded graph, and what of it a DLA would not run."""
+    from engines.tensorrt.calibration_cache import cache_to_text, make_cache
+    from engines.tensorrt.dla import report_dla
+
+    graph = load_model(folded.path)
+    report = report_dla(graph)
+    (material.bundle_dir / DLA_REPORT_NAME).write_text(json.dumps(report.as_json(), indent=2) + "\n")
+    numbers = [int(part) for part in (preflight.tensorrt or DLA_TENSORRT).split(".")]
+    major, minor, patch = (*numbers, 0, 0)[:3]
+    cache = cache_to_text(make_cache(graph, table, (major, minor, patch)))
+    (material.bundle_dir / DLA_CACHE_NAME).write_text(cache, encoding="utf-8")
+    print_dla(report, console)
 
 
 def _candidates(
@@ -79,8 +113,10 @@ def _candidates(
     from calibration.table import derive_table
 
     data = material.calibration_data
+    precision = material.request.precision
     if data is None:
-        return (float_candidate(folded, material.bundle_dir, material.request.precision),), None
+        assert precision != "int8", "a build without calibration images is refused before"
+        return (float_candidate(folded, material.bundle_dir, precision),), None
     quantizer, batches = open_quantizer(material.request, material.model, data, placement="tensorrt")
     statistics, _ = quantizer.statistics(folded, batches, data.sha256, progress)
     table = derive_table(statistics, material.request.calibrator)
@@ -138,17 +174,15 @@ def _judge_all(
     return records, first
 
 
-def _with_plan(material: Material, made: Made, offers: Sequence[Offer], progress: Progress) -> Made:
-    """`made` with a plan where something here compiles for the target, else with the predicted audit."""
-    deployment = made.deployment
-    assert deployment is not None, "made for a device"
-    audit_path = material.bundle_dir / AUDIT_NAME
-    try:
-        builder = find_builder(deployment.sm)
-    except UnsupportedError as error:
-        console.print(f"note: no plan was built here: {error}", style="yellow", markup=False, soft_wrap=True)
-        audit_path.write_bytes(report_to_json(predict_audit(load_model(made.final.path))))
-        return made
+def _with_plan(
+    material: Material,
+    made: Made,
+    deployment: Deployment,
+    offers: Sequence[Offer],
+    builder: Builder,
+    progress: Progress,
+) -> Made:
+    """`made` with the plan that `builder` makes of the offers."""
     began = time.perf_counter()
     plans = make_plans(
         offers,
@@ -160,7 +194,7 @@ def _with_plan(material: Material, made: Made, offers: Sequence[Offer], progress
         on_fallback="warn",
         progress=progress,
     )
-    audit_path.write_bytes(report_to_json(plans.audit))
+    (material.bundle_dir / AUDIT_NAME).write_bytes(report_to_json(plans.audit))
     stage = stage_of_plans(plans, time.perf_counter() - began)
     final = next(offer.model for offer in offers if offer.record.name == plans.chosen.name)
     notes = (*deployment.notes, *plans.notes, *plans.problems)

@@ -17,11 +17,13 @@ from tinted import FACTORY, write_tinted_images
 
 from apps.building import build
 from apps.cli import main
+from apps.device_building import DLA_CACHE_NAME, DLA_REPORT_NAME
 from apps.finishing import AUDIT_NAME, FinishOptions, finish
 from apps.plans import Builder, find_builder
 from apps.publishing import BuildRequest
 from engines.tensorrt.api import TensorRtApi
 from engines.tensorrt.audit import report_from_json
+from engines.tensorrt.calibration_cache import cache_from_text
 from engines.tensorrt.device import DeviceIdentity
 from engines.tensorrt.plan import identify_plan
 from pipeline.artifacts import EngineArtifact, Fingerprint
@@ -88,6 +90,14 @@ class TestOnTheHost:
             assert candidate.accuracy.int8_top1 == 1.0
         assert {"model.onnx", "calibration.json", "report.html", AUDIT_NAME} <= set(manifest.files)
         assert report_from_json(for_jetson.read_bytes(AUDIT_NAME)).source == "predicted"
+
+    def test_for_a_dla_it_carries_the_cache_and_the_report(self, workplace: Path) -> None:
+        bundle = built(workplace, "dla", target="jetson-orin-nx", jetpack="6.2", dla=True, eval_data=None)
+        cache = cache_from_text(bundle.read_bytes(DLA_CACHE_NAME).decode())
+        assert cache.tensorrt == (10, 3, 0)
+        report = json.loads(bundle.read_bytes(DLA_REPORT_NAME))
+        assert report["n_dla"] > 0
+        assert all(fallback["reason"] and fallback["remedy"] for fallback in report["fallbacks"])
 
     def test_nothing_streams_it_until_it_is_finished(
         self, for_jetson: Bundle, workplace: Path, capfd: pytest.CaptureFixture[str]
