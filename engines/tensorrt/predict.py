@@ -18,7 +18,20 @@ from engines.tensorrt.layers import FusedLayer, rewritten_tensor
 from engines.tensorrt.quantized_graph import QuantizedGraph, float_source, node_name
 from engines.tensorrt.sums import concat_finding, float_add, residual_sums, unfused_add
 
-__all__ = ["predict_audit"]
+__all__ = ["is_tensorrt_bound", "predict_audit"]
+
+
+def is_tensorrt_bound(model: ir.Model) -> bool:
+    """Whether `model` is a graph for TensorRT: it quantizes activations to int8, or declares half precision.
+
+    A CPU form quantizes them to uint8 and keeps float32.
+    """
+    half = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return any(
+        value.dtype in half or (node.op_type == "QuantizeLinear" and value.dtype == ir.DataType.INT8)
+        for node in model.graph
+        for value in node.outputs
+    )
 
 
 def predict_audit(model: ir.Model) -> AuditReport:
