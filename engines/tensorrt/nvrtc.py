@@ -30,7 +30,7 @@ class CompiledKernels:
 
     sm: int
     cubin: bytes
-    """An ELF image that GPUs of compute capability `sm` load (and later minor ones of the same major)."""
+    """An ELF image that GPUs of compute capability `sm` load."""
     ptx: bytes
     """The same in PTX."""
 

@@ -14,6 +14,7 @@ The kernel is compiled for the device when the preprocessor is made, which takes
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
 from importlib import resources
@@ -153,10 +154,7 @@ class CudaPreprocessor:
                 f"a {self._format} frame is {found}, the preprocessor was made for uint8 {expected}; make another one "
                 "when the camera changes its size"
             )
-        if self._frame is None:
-            with self._device.current():
-                self._frame = self._device.allocate_pinned(image.size), self._device.allocate(image.size)
-        pinned, memory = self._frame
+        pinned, memory = self._frame_buffers(image.size)
         np.copyto(pinned.array.reshape(expected), image)
         height, width = self._frame_hw
         pitch = width * bytes_per_pixel(self._format)
@@ -210,18 +208,28 @@ class CudaPreprocessor:
 
     def _uploaded(self, words: NDArray[Any]) -> DeviceMemory:
         """`words` in device memory; waits for the copy."""
-        stream, pinned = self._device.create_stream(), self._device.allocate_pinned(words.nbytes)
-        memory = None
-        try:
+        with contextlib.ExitStack() as made:
+            stream = self._device.create_stream()
+            made.callback(stream.close)
+            pinned = self._device.allocate_pinned(words.nbytes)
+            made.callback(pinned.free)
             memory = self._device.allocate(words.nbytes)
-            pinned.array[:] = words.view(np.uint8)
-            self._device.copy_to_device(memory.address, pinned.array, stream)
-            stream.synchronize()
-        except BaseException:
-            if memory is not None:
-                memory.free()
-            raise
-        finally:
-            pinned.free()
-            stream.close()
-        return memory
+            with contextlib.ExitStack() as on_failure:
+                on_failure.callback(memory.free)
+                pinned.array[:] = words.view(np.uint8)
+                self._device.copy_to_device(memory.address, pinned.array, stream)
+                stream.synchronize()
+                on_failure.pop_all()
+            return memory
+
+    def _frame_buffers(self, n_bytes: int) -> tuple[PinnedMemory, DeviceMemory]:
+        """Where a frame from the host is staged, made at the first one."""
+        if self._frame is None:
+            with self._device.current():
+                pinned = self._device.allocate_pinned(n_bytes)
+                try:
+                    self._frame = pinned, self._device.allocate(n_bytes)
+                except BaseException:
+                    pinned.free()
+                    raise
+        return self._frame
