@@ -180,13 +180,13 @@ def _models(path: Path, precision: str) -> dict[str, tuple[Path, str]]:
 
 def _usable_engines(engine: str) -> list[str]:
     from apps.console import console
-    from engines import BACKENDS, get_backend
+    from engines import CPU_BACKENDS, get_backend
 
     if engine != "all":
         get_backend(engine)
         return [engine]
     usable = []
-    for name in BACKENDS:
+    for name in CPU_BACKENDS:
         try:
             get_backend(name)
         except UnsupportedError as error:

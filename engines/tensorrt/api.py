@@ -3,8 +3,8 @@
 Two libraries have the same Python API: ``tensorrt`` and ``tensorrt_rtx``. Between versions and
 flavours it gains and loses names; a feature is therefore looked up by its name in the module that was
 imported, never concluded from the version. The one thing no name tells is that TensorRT-RTX
-has the calls of the timing cache and does nothing with it (its own header says so), so that is asked of
-the flavour.
+has the calls of the timing cache and does nothing with it (release notes of TensorRT-RTX 1.1), so that
+is asked of the flavour.
 
 The names were read out of the bindings that are published for Python 3.11: 10.3.0, 10.13.2 and 11.4.0 of
 ``tensorrt``, and 1.7.1 of ``tensorrt_rtx`` (table in ``docs/engines.md``).
@@ -28,7 +28,6 @@ Flavour = Literal["tensorrt", "tensorrt_rtx"]
 Feature = Literal[
     "strong_typing",
     "weak_typing",
-    "explicit_batch",
     "same_compute_capability",
     "tiling",
     "compute_capabilities",
@@ -42,7 +41,6 @@ FEATURES: Mapping[Feature, str] = MappingProxyType(
     {
         "strong_typing": "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
         "weak_typing": "BuilderFlag.INT8",
-        "explicit_batch": "NetworkDefinitionCreationFlag.EXPLICIT_BATCH",
         "same_compute_capability": "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
         "tiling": "IBuilderConfig.tiling_optimization_level",
         "compute_capabilities": "IBuilderConfig.set_compute_capability",
