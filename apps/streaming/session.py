@@ -33,7 +33,7 @@ from pipeline.preprocess import normalize, to_network_pixels
 
 __all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
 
-StreamPrecision = Literal["int8", "fp16", "fp32"]
+StreamPrecision = Literal["int8", "fp16", "bf16", "fp32"]
 
 _FOLDED_NAME = "model.onnx"
 _USER_CLOSED = "window closed"
