@@ -33,3 +33,11 @@ logit: two float32 libraries over ten layers differ by 1e-6 to 1e-5."""
 CALIBRATED_INT8_SQNR_DB = 37.0
 """Logits of the tiny calibrated model, int8 against fp32, in dB of what tells images apart. The four methods reach
 39.3 to 39.7 (OpenVINO, VNNI or better); one range of four ten times too wide leaves 35.5 at most."""
+
+CUDA_PREPROCESS_LEVELS = 0
+"""Pixels of the CUDA kernels, compiled for the CPU, against `pipeline.preprocess`, in uint8 levels: the same integers
+and the same doubles as Pillow's. (What is required of the kernel is 1.)"""
+
+YUV_ROUNDING_LEVELS = 2.5
+"""RGB back from limited-range YUV, in uint8 levels: luma is rounded to half of 1/219 (0.6 levels), chroma to half of
+1/224 times at most 2.1 (1.1 levels), the result to 0.5. The other matrix is wrong by 20 levels and more."""
