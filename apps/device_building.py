@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from apps.audit_view import print_dla
 from apps.building import INPUT_COLOR, Material, open_quantizer
 from apps.console import console
-from apps.device_view import print_dla
 from apps.finishing import AUDIT_NAME, stage_of_plans
 from apps.plans import Builder, Offer, TimingOptions, find_builder, make_plans
 from apps.publishing import Made, accuracy_summary

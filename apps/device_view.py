@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from engines.tensorrt.dla import DlaReport
 from pipeline.manifest import CandidateRecord, Deployment, Manifest, Measurement
 
-__all__ = ["print_deployment", "print_dla"]
-
-_SHOWN_FALLBACKS = 8
+__all__ = ["print_deployment"]
 
 
 def print_deployment(manifest: Manifest, console: Console) -> None:
@@ -38,25 +34,6 @@ def print_deployment(manifest: Manifest, console: Console) -> None:
             f"The plan is still to come. On the {manifest.target}: [bold]edgefold finish BUNDLE[/]",
             soft_wrap=True,
         )
-
-
-def print_dla(report: DlaReport, console: Console) -> None:
-    """How much of the network a DLA runs, and the reasons for what it does not."""
-    total = report.n_dla + len(report.fallbacks)
-    console.print(
-        f"DLA, {report.precision}: {report.n_dla} of {total} nodes run on it, in {report.n_loadables} loadables"
-        + ("" if report.fits else "; more than one core can have loaded: expect the rest on the GPU")
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("on the GPU")
-    table.add_column("why")
-    table.add_column("remedy")
-    for fallback in report.fallbacks[:_SHOWN_FALLBACKS]:
-        table.add_row(fallback.op_type, escape(fallback.reason), escape(fallback.remedy))
-    if report.fallbacks:
-        console.print(table)
-    if len(report.fallbacks) > _SHOWN_FALLBACKS:
-        console.print(f"… {len(report.fallbacks) - _SHOWN_FALLBACKS} more in dla.json")
 
 
 def _candidates(manifest: Manifest, deployment: Deployment) -> Table:
