@@ -41,3 +41,7 @@ and the same doubles as Pillow's. (What is required of the kernel is 1.)"""
 YUV_ROUNDING_LEVELS = 2.5
 """RGB back from limited-range YUV, in uint8 levels: luma is rounded to half of 1/219 (0.6 levels), chroma to half of
 1/224 times at most 2.1 (1.1 levels), the result to 0.5. The other matrix is wrong by 20 levels and more."""
+
+ENGINE_TF32_ATOL = 5e-2
+"""Logits of the tiny fp32 model (about 5) from a GPU, which multiplies in TF32 unless told otherwise: 10 bits of
+mantissa are 5e-4 of each product, over three channels and then eight."""
