@@ -49,3 +49,7 @@ measured are 34 dB, and one range ten times too wide leaves 25 at most."""
 HALF_SQNR_DB = {"float16": 55.0, "bfloat16": 35.0}
 """Logits of a tiny model with constants rounded to half precision, against fp32. Rounding by 2^-12 (2^-9) on the average
 is 72 (54) dB a layer, a handful of layers and a sum over fewer than a hundred products leave 60 to 70 (40 to 50)."""
+
+ENGINE_TF32_ATOL = 5e-2
+"""Logits of the tiny fp32 model (about 5) from a GPU, which multiplies in TF32 unless told otherwise: 10 bits of
+mantissa are 5e-4 of each product, over three channels and then eight."""
