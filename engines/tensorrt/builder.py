@@ -61,16 +61,13 @@ def build_plan(
             options.timing_cache_dir, api.version_text, device.name, options.sms[0]
         )
     began = time.perf_counter()
-    descriptor, name = tempfile.mkstemp(dir=plan_path.parent, prefix=f".{plan_path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _reserve(plan_path)
     try:
         job = BuildJob(api.flavour, model.path, model.sha256, temporary, options, timing_cache)
         result, workspace_bytes, tried = _build_within_memory(job, device, progress)
         plan = temporary.read_bytes()
         _check_header(plan, api, options)
-        temporary.chmod(0o644)
-        temporary.replace(plan_path)
+        _publish(temporary, plan_path)
     finally:
         temporary.unlink(missing_ok=True)
     sha256 = hashlib.sha256(plan).hexdigest()
@@ -179,6 +176,24 @@ def _workspaces(first: int | None) -> Iterator[int | None]:
             return
         yield size
         size //= 2
+
+
+def _reserve(plan_path: Path) -> Path:
+    """A temporary file beside `plan_path`, on the same file system."""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=plan_path.parent, prefix=f".{plan_path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise EngineError(f"plan {plan_path} cannot be written: {error.strerror or error}") from error
+    os.close(descriptor)
+    return Path(name)
+
+
+def _publish(temporary: Path, plan_path: Path) -> None:
+    try:
+        temporary.chmod(0o644)  # mkstemp's files are their owner's alone
+        temporary.replace(plan_path)
+    except OSError as error:
+        raise EngineError(f"plan {plan_path} cannot be written: {error.strerror or error}") from error
 
 
 def _check_header(plan: bytes, api: TensorRtApi, options: TensorRtOptions) -> None:

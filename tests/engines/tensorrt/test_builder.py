@@ -112,6 +112,15 @@ def test_an_old_plan_stays_where_a_build_fails(rtx, make_model, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "p"}
 
 
+def test_a_folder_that_is_missing_or_a_target_that_is_one(rtx, make_model, tmp_path):
+    with pytest.raises(EngineError, match="cannot be written: No such file"):
+        build_plan(rtx, make_model(), tmp_path / "absent" / "p", ADA, quiet)
+    (tmp_path / "p").mkdir()
+    with pytest.raises(EngineError, match="cannot be written: Is a directory"):
+        build_plan(rtx, make_model(), tmp_path / "p", ADA, quiet)
+    assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "p"}
+
+
 def test_a_plan_cannot_be_loaded_without_a_driver(rtx, make_model, tmp_path):
     """The real library's refusal, through the process that may die."""
     if builder.find_device() is not None or _driver_present():
