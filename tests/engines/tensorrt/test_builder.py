@@ -79,7 +79,7 @@ def test_without_gpu_an_sm_must_be_named(rtx, make_model, tmp_path):
 @pytest.mark.parametrize("sm", [89, 90])
 def test_with_a_gpu_it_is_built_for_that(rtx, make_model, tmp_path, monkeypatch, sm):
     monkeypatch.setattr(builder, "device_identity", lambda: DeviceIdentity("NVIDIA X", sm, "580", "13.0"))
-    monkeypatch.setattr(builder, "probe_plan", lambda api, path, sha256: '{"Layers": []}')
+    monkeypatch.setattr(builder, "_probe", lambda api, path, sha256, what: '{"Layers": []}')
     if sm == 90:  # Hopper, which TensorRT-RTX does not compile for
         with pytest.raises(UnsupportedError, match="does not compile for SM 90"):
             build_plan(rtx, make_model(), tmp_path / "p", TensorRtOptions(), quiet)

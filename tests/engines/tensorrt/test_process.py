@@ -65,6 +65,13 @@ def test_a_job_that_cannot_be_read(monkeypatch, tmp_path):
     assert "exit code 1; it last wrote:" in str(outcome.error)
 
 
+def test_a_death_in_the_middle_of_a_word(monkeypatch, tmp_path):
+    code = 'import os; os.write(1, b\'{"event": "prog\'); os.kill(os.getpid(), 11)'
+    monkeypatch.setattr("engines.tensorrt.process._BOOTSTRAP", code)
+    outcome = run_job(ProbeJob("tensorrt", tmp_path / "p", "0" * 64), quiet)
+    assert "crashed with SIGSEGV" in str(outcome.error)
+
+
 def test_a_full_disk(fake_tensorrt, make_model, tmp_path):
     fake_tensorrt()
     model = make_model()
