@@ -141,7 +141,9 @@ class TensorRTForms:
         """
         start = time.perf_counter()
         if self.table is None:
-            raise UsageError(f"{self.model.path} cannot be quantized without a calibration table; pass images")
+            raise UsageError(
+                f"{self.model.path} cannot be quantized without a calibration table; pass images"
+            )
         if not placement.weights:
             reasons = "; ".join(f"{node}: {reason}" for node, reason in placement.skipped)
             raise CalibrationError(

@@ -20,7 +20,9 @@ __all__ = [
     "observed_by_all",
 ]
 
-PLACEMENTS: Mapping[str, Callable[[ir.Model], Placement]] = MappingProxyType({"cpu": cpu.place, "tensorrt": tensorrt.place})
+PLACEMENTS: Mapping[str, Callable[[ir.Model], Placement]] = MappingProxyType(
+    {"cpu": cpu.place, "tensorrt": tensorrt.place}
+)
 """By engine family."""
 
 

@@ -126,7 +126,9 @@ def tie_grids(
             if source not in wanted:
                 producer = value.producer()
                 assert producer is not None
-                wanted[source] = f"{describe(producer)} only moves values: its input and output share one grid"
+                wanted[source] = (
+                    f"{describe(producer)} only moves values: its input and output share one grid"
+                )
                 queue.append(source)
     members: dict[ir.Value, dict[ir.Value, None]] = {}
     for value in wanted:

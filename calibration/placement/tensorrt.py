@@ -171,7 +171,9 @@ class _Placer:
             return "raw pixels, 0 to 255: symmetric int8 would take one of their eight bits"
         if node.op_type in ("Gemm", "MatMul"):
             rank = 2 if node.op_type == "Gemm" or data.shape is None else len(data.shape)
-            return "fully connected on a vector: half precision is the faster at batch 1" if rank < 3 else None
+            return (
+                "fully connected on a vector: half precision is the faster at batch 1" if rank < 3 else None
+            )
         if weight.shape is None:
             return "its weight has no known shape"
         shape = tuple(int(size) for size in weight.shape if isinstance(size, int))
