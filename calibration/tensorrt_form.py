@@ -127,9 +127,14 @@ class TensorRTForms:
             remainder=self.remainder,
         )
 
-    def weights(self) -> Mapping[str, ir.Value]:
-        """The constants of the centred graph, by name."""
-        return self._graph.graph.initializers
+    @property
+    def graph(self) -> ir.Graph:
+        """The fp32 graph with centred pixels that placements are made for; not to be changed."""
+        return self._graph.graph
+
+    def concats(self) -> tuple[str, ...]:
+        """The output tensors of all Concats, in graph order."""
+        return tuple(node.outputs[0].name or "" for node in self._graph.graph if node.op_type == "Concat")
 
     def int8(self, placement: Placement, out_path: Path) -> tuple[ModelArtifact, StageRecord]:
         """Write the int8 graph with Q/DQ where `placement` (one of `placement`'s) says.
