@@ -5,7 +5,7 @@ A DLA takes no explicit quantization; its int8 engines are built from the folded
 TensorRT's own::
 
     TRT-100300-EntropyCalibration2
-    image: 3c010a14
+    image: 40008102
     relu_1: 3d6eb5ae
 
 The first line names the version of TensorRT, another one ignores the file. Then each tensor with its scale:

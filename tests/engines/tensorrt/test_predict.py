@@ -9,11 +9,13 @@ import onnx_ir as ir
 import pytest
 from onnx_text import onnx_model, weight
 from qdq_nets import QdqNet
+from tensorrt_rtx_logs import build_log
 
 from calibration.placement import cpu
 from calibration.placement.tensorrt import place
 from calibration.qdq import insert_qdq
-from engines.tensorrt.audit import AuditReport, Edit, Tally
+from engines.tensorrt.audit import AuditReport, Edit, Tally, check_int8
+from engines.tensorrt.inspected import audit_build_log
 from engines.tensorrt.predict import predict_audit
 from pipeline.artifacts import TensorRange
 from pipeline.compile import export_resolved
@@ -109,6 +111,47 @@ def test_the_placement_for_cpus_is_shown_to_be_wrong_for_tensorrt(lite: ir.Model
     edits = {finding.edit.action for finding in report.of("unfused_add") if finding.edit is not None}
     assert edits == {"remove_qdq"}
     assert report.of("asymmetric")
+
+
+def _kernels(report: AuditReport, model: ir.Model) -> set[frozenset[str]]:
+    """Which sums and activations run in which convolution."""
+    ops = {node.name: node.op_type for node in model.graph}
+    return {
+        frozenset(name for name in layer.nodes if ops.get(name) in ("Conv", "Add", "Relu"))
+        for layer in report.layers
+        if layer.kind == "conv"
+    }
+
+
+def test_a_whole_half_precision_network_is_compiled_as_predicted(lite: ir.Model) -> None:
+    model = lite.clone()
+    CENTER_PIXELS.rewrite(model)
+    half_precision("float16").rewrite(model)
+    predicted, built = predict_audit(model), audit_build_log(build_log(model), model)
+    # This compiler puts the last Relu into the average behind it, not into the convolution before it.
+    last = {frozenset({"node_conv2d_46", "node_relu_46"})}
+    assert _kernels(predicted, model) - _kernels(built, model) == last
+    assert _kernels(built, model) - _kernels(predicted, model) == {frozenset({"node_conv2d_46"})}
+    assert built.adds == predicted.adds == Tally(7, 7)
+    assert {layer.precision for layer in built.layers if layer.kind == "conv"} == {"fp16"}
+
+
+def test_a_whole_int8_network_is_compiled_in_int8(lite: ir.Model) -> None:
+    model = _tensorrt_form(lite)
+    predicted, built = predict_audit(model), audit_build_log(build_log(model), model)
+    assert check_int8(built) == ()
+    int8 = {
+        report.source: {
+            name
+            for layer in report.layers
+            if layer.kind == "conv" and layer.precision == "int8"
+            for name in layer.nodes
+            if name.startswith("node_conv")
+        }
+        for report in (predicted, built)
+    }
+    assert int8["inspector"] == int8["predicted"]
+    assert len(int8["predicted"]) == 47
 
 
 @pytest.mark.slow
