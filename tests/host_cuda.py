@@ -25,17 +25,18 @@ def library(*defines: str) -> ctypes.CDLL:
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler to build the CUDA kernels for the host")
-    target = Path(tempfile.mkdtemp()) / "host_cuda.so"
-    subprocess.run(
-        [
-            # As NVRTC is told: a product and a sum are rounded each.
-            compiler, "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
-            *(f"-D{name}" for name in defines), "-I", ROOT / "engines/tensorrt", "-o", target,
-            ROOT / "tests/engines/tensorrt/host_cuda.cpp",
-        ],
-        check=True,
-    )  # fmt: skip
-    return ctypes.CDLL(str(target))
+    with tempfile.TemporaryDirectory() as folder:  # loaded, it is not needed any more
+        target = Path(folder) / "host_cuda.so"
+        subprocess.run(
+            [
+                # As NVRTC is told: a product and a sum are rounded each.
+                compiler, "-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared",
+                *(f"-D{name}" for name in defines), "-I", ROOT / "engines/tensorrt", "-o", target,
+                ROOT / "tests/engines/tensorrt/host_cuda.cpp",
+            ],
+            check=True,
+        )  # fmt: skip
+        return ctypes.CDLL(str(target))
 
 
 def launch(
