@@ -29,6 +29,13 @@ _OUT_OF_MEMORY = re.compile(
     r"out ?of ?memory|bad_alloc|memory allocation (failed|error)|allocation failed|insufficient memory", re.I
 )
 _SHOWN_ERRORS = 4
+_HINTS = (
+    (
+        re.compile(r"FP32 GEMM is not supported"),
+        "float32 matrix products are not compiled for this GPU: build the fp16 or the int8 graph for it",
+    ),
+)
+"""What to do about errors of the build itself, in the words of TensorRT-RTX 1.7."""
 
 
 class BuildMemoryError(EngineError):
@@ -230,7 +237,8 @@ class _Attempt:
         message = f"{self._api.title} {what}: {' '.join(errors[:_SHOWN_ERRORS])[:1200]}"
         if any(map(_OUT_OF_MEMORY.search, errors)):
             return BuildMemoryError(message)
-        return EngineError(message)
+        hints = (f"; {hint}" for pattern, hint in _HINTS if pattern.search(message))
+        return EngineError(message + "".join(hints))
 
 
 def _parser_failure(error: Any) -> ParserFailure:
