@@ -9,7 +9,8 @@ parsed; all built for SM 80, 86, 89 and 120; Inception-ResNet-v2 int8 under 60 s
 most 0.40 of the fp32 plan's bytes, fp16 plans at most 0.55.
 
 The sizes are judged on the five large networks. A plan also holds some megabytes of kernels, as many for
-a small network as for a large one; those of the lite network are recorded beside.
+a small network as for a large one (more for SM 75); those of the lite network are recorded beside. For SM
+75 there is no fp32 plan to compare with: TensorRT-RTX compiles no float32 matrix product for it.
 """
 
 from __future__ import annotations

@@ -31,6 +31,13 @@ _OUT_OF_MEMORY = re.compile(
 _SHOWN_ERRORS = 4
 _KERNEL = ", LayerType: "
 """In every line with which a log of verbosity VERBOSE describes a kernel of the finished engine."""
+_HINTS = (
+    (
+        re.compile(r"FP32 GEMM is not supported"),
+        "float32 matrix products are not compiled for this GPU: build the fp16 or the int8 graph for it",
+    ),
+)
+"""What to do about errors of the build itself, in the words of TensorRT-RTX 1.7."""
 
 
 class BuildMemoryError(EngineError):
@@ -240,7 +247,8 @@ class _Attempt:
         message = f"{self._api.title} {what}: {' '.join(errors[:_SHOWN_ERRORS])[:1200]}"
         if any(map(_OUT_OF_MEMORY.search, errors)):
             return BuildMemoryError(message)
-        return EngineError(message)
+        hints = (f"; {hint}" for pattern, hint in _HINTS if pattern.search(message))
+        return EngineError(message + "".join(hints))
 
 
 def _parser_failure(error: Any) -> ParserFailure:

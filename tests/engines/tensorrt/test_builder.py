@@ -95,6 +95,17 @@ def test_a_plan_for_another_gpu_is_not_loaded_here(rtx, make_model, tmp_path, mo
     assert built.device is built.inspector is None
 
 
+def test_float32_matrix_products_are_not_compiled_for_turing(rtx, make_model, tmp_path):
+    model = make_model(
+        "g (float[1,8] x) => (float[1,8] y) { y = MatMul(x, w) }", w=np.eye(8, dtype=np.float32)
+    )
+    with pytest.raises(
+        EngineError, match=r"SM75\): FP32 GEMM is not supported.*build the fp16 or the int8 graph"
+    ):
+        build_plan(rtx, model, tmp_path / "p", TensorRtOptions(sms=(75,)), quiet)
+    assert build_plan(rtx, model, tmp_path / "p", ADA, quiet).compute_capabilities == (89,)
+
+
 def test_a_changed_model_is_not_parsed(rtx, make_model, tmp_path):
     model = make_model()
     model.path.write_bytes(model.path.read_bytes() + b"\0")
