@@ -20,7 +20,9 @@ _VALID = "Conv<strides=[2,2]>(x, w, b)"
 
 
 def _model(prologue=_TRANSPOSE_FIRST, convolution=_VALID):
-    return onnx_model(_BODY.format(prologue, convolution), w=weight(4, 3, 3, 3), b=weight(4), m=weight(3, 1, 1))
+    return onnx_model(
+        _BODY.format(prologue, convolution), w=weight(4, 3, 3, 3), b=weight(4), m=weight(3, 1, 1)
+    )
 
 
 def _pixels():

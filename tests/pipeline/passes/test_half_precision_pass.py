@@ -49,7 +49,9 @@ def test_only_the_output_stays_float32(half_type):
     assert [node.op_type for node in lowered.graph].count("Cast") == 2
     onnx.checker.check_model(ir.serde.serialize_model(lowered), full_check=True)
     feeds = seeded_feeds(model, 1)
-    assert sqnr_db(execute(model, feeds)["logits"], execute(lowered, feeds)["logits"]) > HALF_SQNR_DB[half_type]
+    assert (
+        sqnr_db(execute(model, feeds)["logits"], execute(lowered, feeds)["logits"]) > HALF_SQNR_DB[half_type]
+    )
     _, (second,) = run_passes(lowered, (half_precision(half_type),))
     assert second.n_rewrites == 0
 
@@ -71,7 +73,9 @@ def test_a_float_input_is_cast_once(half_type):
 
 def test_a_constant_that_overflows_float16_is_named_with_the_remedy():
     model = _model(b=np.full(8, 7e4))
-    with pytest.raises(CalibrationError, match=r"'b' reaches 70000; float16 holds at most 65504: choose bfloat16"):
+    with pytest.raises(
+        CalibrationError, match=r"'b' reaches 70000; float16 holds at most 65504: choose bfloat16"
+    ):
         run_passes(model, (half_precision("float16"),))
     run_passes(model, (half_precision("bfloat16"),))
 
