@@ -63,7 +63,7 @@ def test_input_and_weight_are_symmetric_int8_and_the_bias_stays_float():
     assert placement.skipped == ()
     expected = reference(chain())[0]
     model = quantized(chain())
-    stored = {name: value for name, value in model.graph.initializers.items()}
+    stored = dict(model.graph.initializers.items())
     assert stored["w_int8"].dtype == ir.DataType.INT8
     assert stored["b"].dtype == ir.DataType.FLOAT
     zero_points = [v.const_value.numpy() for n, v in stored.items() if "zero_point" in n]
