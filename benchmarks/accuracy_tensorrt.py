@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def main() -> None:
         images = open_dataset(arguments.calib, limit=arguments.images)
         passes = batches(images, model.preprocess, model.input_color, 32)
         quantizer = StaticQuantizer(runner_factory=calibration_runner)
+        reference: dict[tuple[str, ...], Any] = {}
         statistics, _ = quantizer.statistics(model, passes, images.sha256, lambda *_: None)
         for calibrator in arguments.calibrators:
             out = folder / calibrator
@@ -71,12 +72,19 @@ def main() -> None:
             table = derive_table(statistics, calibrator)
             results["calibrators"][calibrator] = judged = {}
             for candidate in tensorrt_candidates(model, table, out, statistics=statistics):
-                judged[candidate.name] = _judge(model, candidate, arguments.data, arguments.limit)
+                judged[candidate.name] = _judge(model, candidate, arguments.data, arguments.limit, reference)
                 print(calibrator, candidate.name, json.dumps(judged[candidate.name]), file=sys.stderr)
     print(write_results("accuracy_tensorrt", results))
 
 
-def _judge(model: ModelArtifact, candidate: Candidate, data: str, limit: int | None) -> dict[str, Any]:
+def _judge(
+    model: ModelArtifact,
+    candidate: Candidate,
+    data: str,
+    limit: int | None,
+    reference: dict[tuple[str, ...], Any],
+) -> dict[str, Any]:
+    """Judge one candidate; `reference` keeps fp32's logits by the images' keys, for the next one."""
     graph = load_model(candidate.model.path)
     widen(graph)
     emulated = candidate.model.path.with_suffix(".emulated.onnx")
@@ -84,8 +92,16 @@ def _judge(model: ModelArtifact, candidate: Candidate, data: str, limit: int | N
     dataset = open_dataset(data, labels=model.labels or None, limit=limit)
     look = {"spec": model.preprocess, "color": model.input_color}
     with fp32_runner(model.path) as before, fp32_runner(emulated) as after:
+        fp32 = engine_judge(before, name="fp32", part="reference", **look)
+
+        def remembered(samples: Any, pixels: Any) -> Any:
+            keys = tuple(sample.key for sample in samples)
+            if keys not in reference:
+                reference[keys] = fp32.logits(samples, pixels)
+            return reference[keys]
+
         judges = [
-            engine_judge(before, name="fp32", part="reference", **look),
+            replace(fp32, logits=remembered),
             engine_judge(after, name=candidate.name, part="INT8", **look),
         ]
         found = judge_chain(judges, dataset, labels=model.labels, batch_size=100, **look)
