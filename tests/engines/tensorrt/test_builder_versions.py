@@ -46,7 +46,9 @@ def test_one_path_for_all_versions(fake_tensorrt, orin, make_model, tmp_path, ve
     assert built.version == version
     assert built.compute_capabilities == (87,)
     assert built.device == orin.name
-    assert built.inspector == '{"Layers": ["conv"]}'
+    assert built.inspector == '{"Layers": ["conv at [2, 3, 8, 8]"]}', (
+        "with the shapes of the profile's optimum"
+    )
     assert built.warnings == ("a warning",)
     assert [done for _, done, _ in reports] == [0, 250, 500, 750, 1000]
 
