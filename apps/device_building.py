@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from apps.audit_view import print_dla
 from apps.building import INPUT_COLOR, Material, open_quantizer
 from apps.console import console
+from apps.emulation import EMULATOR, emulated
 from apps.finishing import AUDIT_NAME, stage_of_plans
 from apps.plans import Builder, Offer, TimingOptions, find_builder, make_plans
 from apps.publishing import Made, accuracy_summary
 from apps.validating import Reference, subject_of_models, validate_subject
-from engines.openvino import EMULATOR
 from engines.tensorrt.audit import report_to_json
 from engines.tensorrt.options import TensorRtOptions
 from engines.tensorrt.predict import predict_audit
@@ -139,7 +139,7 @@ def _judge_all(
             progress("candidates judged", index, len(candidates))
             subject = subject_of_models(
                 folded,
-                candidate.model,
+                emulated(candidate.model, material.work_dir),
                 EMULATOR,
                 precision=candidate.precision,
                 num_classes=material.model.num_classes,
