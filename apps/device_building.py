@@ -36,9 +36,10 @@ if TYPE_CHECKING:
     from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
-__all__ = ["DLA_CACHE_NAME", "DLA_REPORT_NAME", "make_for_device"]
+__all__ = ["DLA_CACHE_NAME", "DLA_GRAPH_NAME", "DLA_REPORT_NAME", "make_for_device"]
 
 DLA_CACHE_NAME = "dla.calibration.cache"
+DLA_GRAPH_NAME = "dla.onnx"
 DLA_REPORT_NAME = "dla.json"
 DLA_TENSORRT = "10.3"
 """Of JetPack 6, where no other was named: a cache is read by the version in its first line only."""
@@ -92,11 +93,13 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
 def _write_dla_files(
     material: Material, folded: ModelArtifact, table: CalibrationTable, preflight: Preflight
 ) -> None:
-    """The calibration cache for the folded graph, and what of it a DLA would not run."""
+    """A graph without Q/DQ, the calibration cache for it, and what of it a DLA would not run."""
+    from calibration.tensorrt_form import TensorRTForms
     from engines.tensorrt.calibration_cache import cache_to_text, make_cache
     from engines.tensorrt.dla import report_dla
 
-    graph = load_model(folded.path)
+    graph_file, _ = TensorRTForms(folded, table).float32(material.bundle_dir / DLA_GRAPH_NAME)
+    graph = load_model(graph_file.path)
     report = report_dla(graph)
     (material.bundle_dir / DLA_REPORT_NAME).write_text(json.dumps(report.as_json(), indent=2) + "\n")
     numbers = [int(part) for part in (preflight.tensorrt or DLA_TENSORRT).split(".")]

@@ -95,7 +95,7 @@ def cells(api: TensorRtApi, name: str, images: str, sms: tuple[int, ...]) -> Ite
                 try:
                     built = build_plan(api, graphs[precision], folder / "model.plan", options, _quiet)
                 except EngineError as error:
-                    yield {**row, "built": False, "error": str(error)}
+                    yield {**row, "built": False, "error": str(error).replace(f"{folder}/", "")}
                     continue
                 if precision == "fp32":
                     fp32_bytes[sm] = built.size_bytes

@@ -139,15 +139,16 @@ def float_candidate(model: ModelArtifact, out_dir: Path, precision: Literal["fp1
 
     Args:
         model: folded fp32 ONNX.
-        out_dir: where ``model.NAME.onnx`` goes; ``fp32`` is `model` itself.
+        out_dir: where ``model.NAME.onnx`` goes.
         precision: bfloat16 takes the place of float16 where a constant overflows in it.
 
     Raises:
         PassError: lowering changed what the model computes.
     """
-    if precision == "fp32":
-        return Candidate("fp32", model, "fp32", "fp32 throughout, as asked for")
     forms = TensorRTForms(model, None)
+    if precision == "fp32":
+        full, _ = forms.float32(out_dir / "model.fp32.onnx")
+        return Candidate("fp32", full, "fp32", "fp32 throughout, as asked for")
     half = _HALF_NAMES[forms.remainder]
     lowered, _ = forms.half(out_dir / f"model.{half}.onnx")
     return Candidate(half, lowered, half, f"{half} throughout: {forms.remainder_reason}")

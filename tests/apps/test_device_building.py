@@ -17,7 +17,7 @@ from tinted import FACTORY, write_tinted_images
 
 from apps.building import build
 from apps.cli import main
-from apps.device_building import DLA_CACHE_NAME, DLA_REPORT_NAME
+from apps.device_building import DLA_CACHE_NAME, DLA_GRAPH_NAME, DLA_REPORT_NAME
 from apps.finishing import AUDIT_NAME, FinishOptions, finish
 from apps.plans import Builder, find_builder
 from apps.publishing import BuildRequest
@@ -29,6 +29,7 @@ from engines.tensorrt.plan import identify_plan
 from pipeline.artifacts import EngineArtifact, Fingerprint
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.errors import AccuracyGateError, EngineError, UnsupportedError, UsageError
+from pipeline.onnx_files import load_model
 from pipeline.validation_result import ValidationResult
 
 
@@ -95,6 +96,12 @@ class TestOnTheHost:
         bundle = built(workplace, "dla", target="jetson-orin-nx", jetpack="6.2", dla=True, eval_data=None)
         cache = cache_from_text(bundle.read_bytes(DLA_CACHE_NAME).decode())
         assert cache.tensorrt == (10, 3, 0)
+        graph = load_model(bundle.file(DLA_GRAPH_NAME))
+        assert not [node for node in graph.graph if "Quantize" in node.op_type]
+        assert {value.name for node in graph.graph for value in node.outputs[:1]} <= {
+            *cache.scales,
+            *(value.name for value in graph.graph.outputs),
+        }
         report = json.loads(bundle.read_bytes(DLA_REPORT_NAME))
         assert report["n_dla"] > 0
         assert all(fallback["reason"] and fallback["remedy"] for fallback in report["fallbacks"])
@@ -147,6 +154,15 @@ class TestOnTheHost:
         assert deployment is not None
         assert [candidate.name for candidate in deployment.candidates] == ["fp16"]
         assert "calibration.json" not in bundle.manifest.files
+
+    @pytest.mark.parametrize("precision", ["fp16", "fp32"])
+    def test_without_int8_it_compiles_too(self, workplace: Path, precision: str) -> None:
+        pytest.importorskip("tensorrt_rtx")
+        bundle = built(workplace, precision, target="l4", precision=precision, calib=None, eval_data=None)
+        audit = report_from_json(bundle.read_bytes(AUDIT_NAME))
+        assert precision in audit.precisions
+        assert "int8" not in audit.precisions
+        assert bundle.manifest.ready_engine().backend == "tensorrt_rtx"
 
     def test_no_candidate_within_the_budget_publishes_nothing(
         self, workplace: Path, monkeypatch: pytest.MonkeyPatch

@@ -49,6 +49,19 @@ def test_every_tensor_has_a_scale_and_the_text_is_tensorrts() -> None:
     assert cache_from_text(text) == cache
 
 
+@pytest.mark.parametrize(("center", "scale"), [(128.0, 1.0), (100.0, 155.0 / 127)])
+def test_centred_pixels_have_scale_one(center: float, scale: float) -> None:
+    model = onnx_model(
+        """agraph (uint8[N,8,8,4] image) => (float[N,4,8,8] y) {
+            x = Cast <to = 1> (image) t = Transpose <perm = [0, 3, 1, 2]> (x)
+            z = Sub (t, center) y = Conv (z, w) }""",
+        w=weight(4, 4, 1, 1), center=np.float32(center),
+    )  # fmt: skip
+    cache = make_cache(model, _table())
+    assert cache.scales["z"] == np.float32(scale)
+    assert cache.scales["t"] == np.float32(255 / 127)
+
+
 def test_a_tensor_without_a_range_is_named() -> None:
     with pytest.raises(CalibrationError, match=r"no range for tensor 'd' \(1 of 14 missing\)"):
         make_cache(_model(), _table(r=(0.0, 2.0), q=(0.0, 4.0)))
