@@ -27,7 +27,7 @@ from PIL import Image
 from pipeline.artifacts import PixelFormat, PreprocessSpec
 from pipeline.errors import DataError
 
-__all__ = ["affine", "normalize", "preprocess_sha256", "to_network_pixels"]
+__all__ = ["affine", "normalize", "preprocess_sha256", "resized_hw", "to_network_pixels"]
 
 _CHANNELS: dict[str, int] = {"RGB": 3, "BGR": 3, "GRAY": 1, "RGBA": 4, "BGRA": 4}
 _RESAMPLE = {
@@ -170,7 +170,7 @@ def _resize_and_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
                 "preprocessing does not resize: resize the images, or set resize in the --preprocess file"
             )
         return image
-    resized_h, resized_w = _resized_hw(image.height, image.width, spec)
+    resized_h, resized_w = resized_hw(image.height, image.width, spec)
     left = _crop_start(resized_w, target_w)
     top = _crop_start(resized_h, target_h)
     resample = _RESAMPLE[spec.interpolation]
@@ -193,7 +193,7 @@ def _resize_and_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     )
 
 
-def _resized_hw(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
+def resized_hw(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
     """Size after the resize and before the crop, as timm's and torchvision's eval transforms have it."""
     # 0.875 × 256 = 224 must give 256 again, whatever the division rounds to.
     scaled_h, scaled_w = (math.floor(side / spec.crop_fraction + 1e-6) for side in spec.input_hw)
