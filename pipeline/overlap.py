@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import Sample
 from pipeline.contracts import Dataset
-from pipeline.datasets import samples_after
 
 __all__ = ["OverlapWatch", "image_digests", "image_sha256"]
 
@@ -75,14 +74,7 @@ class OverlapWatch:
 
     def __iter__(self) -> Iterator[Sample]:
         self._n_met, self._first_met = 0, []
-        return self._watched(iter(self._dataset))
-
-    def after(self, n_usable: int, unusable: Collection[str]) -> Iterator[Sample]:
-        """As `pipeline.datasets.samples_after`."""
-        return self._watched(samples_after(self._dataset, n_usable, unusable))
-
-    def _watched(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        for sample in samples:
+        for sample in self._dataset:
             if image_sha256(sample.image) in self._known:
                 self._n_met += 1
                 self._first_met += [sample.key][: _MAX_NAMED - len(self._first_met)]

@@ -36,7 +36,7 @@ from pipeline.datasets import one_ahead
 from pipeline.errors import DataError, UsageError
 from pipeline.preprocess import resized_hw, to_network_pixels
 
-__all__ = ["CROP_COUNTS", "Crops", "View", "check_crops", "crops_of", "seen_batches"]
+__all__ = ["CROP_COUNTS", "Crops", "View", "check_crops", "crops_of", "pixels_a_call", "seen_batches"]
 
 Crops = Literal[1, 10, 12, 144]
 CROP_COUNTS: tuple[Crops, ...] = (1, 10, 12, 144)
@@ -73,6 +73,13 @@ def check_crops(crops: int, spec: PreprocessSpec) -> Crops:
             'network does not resize; give --crops 1, or build with resize "shorter" in --preprocess FILE'
         )
     return crops
+
+
+def pixels_a_call(batch_size: int, crops: Crops) -> int:
+    """The largest batch up to `batch_size` that whole images fill, so that an engine compiled for one
+    batch size never runs on filled-up places: of 12 crops and a batch of 16 it is 12, of 144 it is 16."""
+    together = max(1, batch_size // crops) * crops
+    return max(size for size in range(1, min(batch_size, together) + 1) if together % size == 0)
 
 
 def crops_of(image: _Pixels, view: View, crops: Crops) -> Iterator[_Pixels]:

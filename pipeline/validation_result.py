@@ -278,26 +278,33 @@ def check_agreement(agreement: float, n_images: int, min_agreement_percent: floa
 def interval_warning(result: ValidationResult, max_drop_points: float) -> str | None:
     """Whether these images are too few to judge the budget, and how many would be enough.
 
-    ``± half width`` of the total drop's 95% interval is compared with the budget: where it is
-    wider, an engine with no drop at all may fail, and one with twice the budget may pass. Enough are
-    those that show with 80% probability that an engine without a drop is within the budget, where as many
-    answers change as here: `pipeline.statistics.images_to_show`.
+    Too few they are where ``± half width`` of the total drop's 95% interval is wider than the budget: an
+    engine with no drop at all may then fail, and one with twice the budget may pass. And where the drop is
+    within the budget, but its interval reaches past it. Enough are those that show it in 4 of 5
+    measurements, where as many answers change as here: `pipeline.statistics.images_to_show`.
 
     Raises:
         UsageError: the budget is not a number of points from 0 to 100.
     """
     _check_points(max_drop_points)
     total, n = result.total, result.n_images
-    half_width = total.interval_points.half_width
-    if not 0 < max_drop_points < 100 or half_width <= max_drop_points:
+    if not 0 < max_drop_points < 100:
         return None
-    change_rate = (total.lost + total.gained) / n
-    needed = images_to_show(max_drop_points / 100, change_rate / 2, change_rate / 2)
-    return (
-        f"{n:,} images measure the drop to ±{half_width:.2f} points, wider than the budget of "
-        f"{max_drop_points:g}; about {_two_digits(needed)} images are needed to show that an engine without a "
-        "drop is within it (in 4 of 5 measurements)."
-    )
+    changed, budget = (total.lost + total.gained) / n, max_drop_points / 100
+    if total.interval_points.half_width > max_drop_points:
+        needed = images_to_show(budget, changed / 2, changed / 2)
+        return (
+            f"{n:,} images measure the drop to ±{total.interval_points.half_width:.2f} points, wider than the budget "
+            f"of {max_drop_points:g}; about {_two_digits(needed)} images are needed to show that an engine without a "
+            "drop is within it (in 4 of 5 measurements)."
+        )
+    if total.drop_points < max_drop_points < total.interval_points.high:
+        needed = images_to_show(budget, total.lost / n, total.gained / n)
+        return (
+            f"The interval reaches past the budget of {max_drop_points:g}; about {_two_digits(needed)} images are "
+            f"needed to show that a drop of {total.drop_points:.2f} points is within it (in 4 of 5 measurements)."
+        )
+    return None
 
 
 _INT8_REMEDY = (

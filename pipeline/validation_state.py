@@ -44,19 +44,24 @@ class ResumeFile:
 
     Args:
         path: the file; written when there is something to keep.
-        key: what is judged, by content: a name a person knows to a digest.
         save_every_s: seconds between two writes.
+        key: what is judged, by content: a name a person knows to a digest. Whoever judges adds to it.
     """
 
-    def __init__(self, path: Path, key: Mapping[str, str], save_every_s: float = _SAVE_EVERY_S) -> None:
+    def __init__(
+        self,
+        path: Path,
+        save_every_s: float = _SAVE_EVERY_S,
+        key: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
-        self._key = dict(key)
+        self._key = dict(key or {})
         self._save_every_s = save_every_s
         self._saved_s = time.monotonic()
 
     def with_key(self, more: Mapping[str, str]) -> ResumeFile:
         """The same file for a longer key."""
-        return ResumeFile(self.path, {**self._key, **more}, self._save_every_s)
+        return ResumeFile(self.path, self._save_every_s, {**self._key, **more})
 
     def load(self, tally_type: type[_Tally]) -> Progressed[_Tally] | None:
         """What was kept, ``None`` where there is nothing yet.
