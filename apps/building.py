@@ -134,7 +134,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             _report_skipped(calibration_data)
         validation = None
         if evaluation is not None:
-            validation = _judge(request, model, compiled, evaluation, backend, progress)
+            validation = _judge(request, model, compiled, evaluation, calibration_data, backend, progress)
         if compiled.table is not None:
             from calibration.table import table_to_json
 
@@ -237,6 +237,7 @@ def _judge(
     model: ResolvedModel,
     compiled: Compiled,
     evaluation: Dataset,
+    calibrated_on: Dataset | None,
     backend: EngineBackend,
     progress: Progress,
 ) -> ValidationResult:
@@ -251,7 +252,9 @@ def _judge(
         precision=request.precision,
         num_classes=model.num_classes,
     )
-    result = validate_subject(subject, evaluation, backend, Reference(model), progress=progress)
+    result = validate_subject(
+        subject, evaluation, backend, Reference(model), progress=progress, calibrated_on=calibrated_on
+    )
     if request.max_drop_points is not None:
         check_budget(result, request.max_drop_points)
     return result

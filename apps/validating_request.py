@@ -122,7 +122,7 @@ def check_gates(outcome: ValidateOutcome, request: ValidateRequest) -> None:
     if request.max_drop_points is not None and isinstance(result, ValidationResult):
         check_budget(result, request.max_drop_points)
     if request.min_agreement_percent is not None:
-        check_agreement(result.total.agreement, result.n_images, request.min_agreement_percent)
+        check_agreement(result.total, result.n_images, request.min_agreement_percent)
 
 
 def _single(

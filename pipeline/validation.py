@@ -134,16 +134,16 @@ def judge_ensemble(
         raise ValueError(f"need two members of an ensemble, got {len(members)}")
     members = [m.with_view() for m in members]
     before, after = tuple(m.before for m in members), tuple(m.after for m in members)
-    of = f"ensemble of {len(members)}"
+    ensemble = f"ensemble of {len(members)}"
     if before == after:
         stages = [
             Stage(members[0].name, "reference", before[:1]),
-            Stage(f"{of}, {precision}", "ensemble", after),
+            Stage(f"{precision} {ensemble}", "ensemble", after),
         ]
     else:
         stages = [
-            Stage(f"{of}, fp32", "reference", before),
-            Stage(f"{of}, {precision}", precision.upper(), after),
+            Stage(f"fp32 {ensemble}", "reference", before),
+            Stage(f"{precision} {ensemble}", precision.upper(), after),
         ]
     view = members[0].view
     return _judged(stages, dataset, view, labels, members, batch_size, progress, crops, resume, (), notes)
@@ -242,6 +242,7 @@ def _member(member: EnsembleMember, sums: MemberTally, ensemble: StageAccuracy, 
     after = stage_accuracy(sums.after, member.after.name, member.after.part, sums.step)
     return Member(
         name=member.name,
+        identity=member.after.identity,
         before=before,
         after=after,
         drop=sums.step.drop(after.part, before, after, n),

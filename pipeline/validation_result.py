@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from pipeline.errors import AccuracyGateError, DataError, UsageError
 from pipeline.statistics import Interval, images_to_show
@@ -17,6 +17,7 @@ from pipeline.validation_meter import Confidence
 __all__ = [
     "AssumedPart",
     "ClassChange",
+    "Compared",
     "ConfusionChange",
     "Drop",
     "Flip",
@@ -166,6 +167,8 @@ class Member:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     name: str
+    identity: str
+    """What ships, by content: the graph's SHA-256 and the engine."""
     before: StageAccuracy
     """Alone, in fp32."""
     after: StageAccuracy
@@ -252,11 +255,30 @@ def check_budget(result: ValidationResult, max_drop_points: float) -> None:
     )
 
 
-def check_agreement(agreement: float, n_images: int, min_agreement_percent: float) -> None:
+class Compared(Protocol):
+    """Two stages, and the share of images to which they give the same answer."""
+
+    @property
+    def before(self) -> str:
+        """The name of the first."""
+        ...
+
+    @property
+    def after(self) -> str:
+        """The name of the second."""
+        ...
+
+    @property
+    def agreement(self) -> float:
+        """In [0, 1]."""
+        ...
+
+
+def check_agreement(total: Compared, n_images: int, min_agreement_percent: float) -> None:
     """Refuse an engine that gives too many images another answer than the first stage.
 
     Args:
-        agreement: share of images with the same top-1 answer, in [0, 1].
+        total: from the first stage to the last: a `Drop`, or an `Agreement` of images without labels.
         n_images: on which it was measured.
         min_agreement_percent: what is asked for.
 
@@ -266,12 +288,12 @@ def check_agreement(agreement: float, n_images: int, min_agreement_percent: floa
     """
     if not math.isfinite(min_agreement_percent) or not 0 <= min_agreement_percent <= 100:
         raise UsageError(f"--min-agreement is a percentage, 0 to 100, got {min_agreement_percent}")
-    if 100 * agreement >= min_agreement_percent - 1e-9:
+    if 100 * total.agreement >= min_agreement_percent - 1e-9:
         return
     raise AccuracyGateError(
-        f"{100 * agreement:.2f}% of {n_images:,} images get the same answer as from the first stage, fewer than the "
-        f"{min_agreement_percent:g}% of --min-agreement: try another --calibrator (entropy, mse, percentile, minmax), "
-        "calibrate on more images that look like the ones judged, or ask for less."
+        f"{total.after} gives {100 * total.agreement:.2f}% of {n_images:,} images the answer of {total.before}, fewer "
+        f"than the {min_agreement_percent:g}% of --min-agreement: try another --calibrator (entropy, mse, percentile, "
+        "minmax), calibrate on more images that look like the ones judged, or ask for less."
     )
 
 

@@ -151,7 +151,7 @@ def reliability_plot(before: StageAccuracy, after: StageAccuracy) -> str:
             x = [100 * item.mean_confidence for item in bins]
             y = [100 * item.accuracy for item in bins]
             axes.plot(x, y, style, color=color, linewidth=1.4, zorder=3)
-            # The area of a dot is its share of the images: a bin of three of them says little.
+            # A bin of three images says little, and looks it.
             sizes = [9 + 90 * item.n_images / largest for item in bins]
             hollow = color == _INK
             axes.scatter(
