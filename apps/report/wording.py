@@ -85,8 +85,8 @@ def agreement_verdict(result: AgreementResult, min_agreement_percent: float | No
     """
     total = result.total
     sentences = (
-        f"On {images(result.n_images)} without labels, {total.after} gives {percent(total.agreement)} the answer of "
-        f"{total.before}: {result.n_flips:,} changed. With 95% confidence the true share lies between "
+        f"On {images(result.n_images)} without labels, {total.after} gives {percent(total.agreement)} of them the "
+        f"answer of {total.before}: {result.n_flips:,} changed. With 95% confidence the true share lies between "
         f"{_between(total.interval)}.",
         f"Whatever the labels are, top-1 can have fallen by {100 * (1 - total.agreement):.2f} points at most on these "
         "images. How much it did fall, only labels can tell.",

@@ -134,6 +134,11 @@ def test_the_figures_of_the_documentation():
     for images, stated in rows:
         n = int(images.replace(",", ""))
         assert f"{100 * paired_drop_interval(n // 200, n // 200, n).half_width:.2f}" == stated
+    planned = re.findall(r"\| ([\d.]+) points \| ([\d.]+)% \| ([\d,]+) \|", text)
+    assert len(planned) == 5
+    for budget, changed, images in planned:
+        rate = float(changed) / 200
+        assert images_to_show(float(budget) / 100, rate, rate) == int(images.replace(",", ""))
     assert f"± {100 * paired_drop_interval(8, 5, 2000).half_width:.2f} points paired" in text
     separate = math.sqrt(2) * wilson_interval(1900, 2000).half_width
     assert f"± {100 * separate:.2f} were each" in text
