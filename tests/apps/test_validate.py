@@ -285,6 +285,17 @@ class TestReference:
         assert result.drops[1].max_abs_error < 1e-5
         assert result.assumed == ()
 
+        resizing = dataclasses.replace(subject, preprocess=dataclasses.replace(SPEC, resize="shorter"))
+        result = validate_subject(
+            resizing,
+            open_labelled(data, LABELS, 3, 9),
+            backend,
+            Reference(Resolved(Mean(), darker, resizing.preprocess)),
+            crops=12,
+        )
+        assert [stage.part for stage in result.stages] == ["reference", "export", "INT8"]
+        assert "12 crops are cut by the same preprocessing" in result.assumed[0].reason
+
         other = dataclasses.replace(SPEC, crop_fraction=0.9)
         result = judged(Resolved(Mean(), darker, other))
         assert [stage.part for stage in result.stages] == ["reference", "export", "INT8"]

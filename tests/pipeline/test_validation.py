@@ -169,6 +169,12 @@ def test_flips_are_bounded_most_confident_first():
     assert first.thumbnail_jpeg.startswith(b"\xff\xd8\xff")
 
 
+def test_of_equally_confident_flips_the_earlier_stay():
+    n = 2 * MAX_FLIPS
+    result = judged([one_hot_logits([0] * n), one_hot_logits([1] * n)], [0] * n)
+    assert [flip.key for flip in result.flips] == [str(i) for i in range(MAX_FLIPS)]
+
+
 def test_kinds_of_flips_and_confusion_changes():
     truth = [0, 0, 0, 1]
     result = judged([one_hot_logits([0, 1, 1, 1]), one_hot_logits([2, 0, 2, 1])], truth)
