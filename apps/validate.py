@@ -26,7 +26,7 @@ def validate_command(
     bundles: Annotated[
         list[Path],
         typer.Argument(
-            metavar="BUNDLE...",
+            metavar="BUNDLE",
             help="The bundle that edgefold build wrote; several with --ensemble.",
             show_default=False,
         ),

@@ -184,7 +184,7 @@ def confusion_plot(changes: Sequence[ConfusionChange]) -> str:
             difference = change.after - change.before
             row, column = truths.index(change.truth), answers.index(change.predicted)
             color = _BAD if difference > 0 else _GOOD
-            strength = 0.18 + 0.62 * abs(difference) / largest
+            strength = 0.15 + 0.45 * abs(difference) / largest
             axes.fill_between(
                 [column - 0.47, column + 0.47],
                 row - 0.46,
