@@ -37,6 +37,11 @@ class _Mode(str, Enum):
     throughput = "throughput"
 
 
+class _Trtexec(str, Enum):
+    print = "print"
+    run = "run"
+
+
 @dataclass(frozen=True, slots=True)
 class BenchResult:
     """One candidate: medians over the rounds of what each process measured.
@@ -86,6 +91,13 @@ def bench_command(
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long each process measures.")] = 3.0,
     rounds: Annotated[int, typer.Option(min=1, help="How many processes a candidate, in turns.")] = 3,
+    trtexec: Annotated[
+        _Trtexec | None,
+        typer.Option(
+            help="Instead, print or run the lines that time it with NVIDIA's trtexec, with copies and without.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
     """Measure latency and throughput, int8 against fp32, each engine in a process of its own, in turns."""
@@ -93,6 +105,11 @@ def bench_command(
     from apps.console import print_json
     from pipeline.artifacts import EngineOptions
 
+    if trtexec is not None:
+        from apps.trtexec import time_with_trtexec
+
+        time_with_trtexec(bundle, batch=batch, seconds=seconds, run=trtexec is _Trtexec.run, as_json=as_json)
+        return
     options = EngineOptions(mode.value, threads, batch, cache_dir("engines"))
     results, ratios = run_bench(bundle, engine.value, precision.value, options, seconds, rounds)
     if as_json:
@@ -180,13 +197,13 @@ def _models(path: Path, precision: str) -> dict[str, tuple[Path, str]]:
 
 def _usable_engines(engine: str) -> list[str]:
     from apps.console import console
-    from engines import BACKENDS, get_backend
+    from engines import CPU_BACKENDS, get_backend
 
     if engine != "all":
         get_backend(engine)
         return [engine]
     usable = []
-    for name in BACKENDS:
+    for name in CPU_BACKENDS:
         try:
             get_backend(name)
         except UnsupportedError as error:

@@ -3,95 +3,47 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import platform
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from apps.console import console
+from apps.publishing import BuildOutcome, BuildRequest, Made, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
-from pipeline.bundle import Bundle, BundleWriter
-from pipeline.compile import FOLDED_NAME, Calibration, Compiled, compile_model
-from pipeline.contracts import Dataset, EngineBackend, Progress
-from pipeline.errors import DataError, UnsupportedError, UsageError
-from pipeline.manifest import AccuracySummary, CalibrationSummary, EngineRecord, Manifest, ModelSource
+from pipeline.bundle import BundleWriter
+from pipeline.compile import Calibration, Compiled, compile_model
+from pipeline.contracts import Batches, Dataset, EngineBackend, Progress
+from pipeline.errors import DataError, UsageError
+from pipeline.manifest import EngineRecord
 
 if TYPE_CHECKING:
+    from calibration.quantizer import StaticQuantizer
     from pipeline.models.resolve import ResolvedModel
+    from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
-__all__ = ["BuildOutcome", "BuildRequest", "build", "print_build"]
+__all__ = ["INPUT_COLOR", "Material", "build", "open_quantizer"]
 
-_TOOLS = (
-    "torch",
-    "timm",
-    "torchvision",
-    "onnx",
-    "onnx-ir",
-    "onnxscript",
-    "openvino",
-    "onnxruntime",
-    "numpy",
-    "pillow",
-)
-_CALIBRATION_BATCH = 1
-_INPUT_COLOR: Literal["BGR"] = "BGR"
+INPUT_COLOR: Literal["BGR"] = "BGR"
 """What OpenCV and V4L2 deliver: the frames of a stream need no reordering."""
+_CALIBRATION_BATCH = 1
+_CPU_ENGINE = "openvino"
 
 
 @dataclass(frozen=True, slots=True)
-class BuildRequest:
-    """The options of ``edgefold build``, as given."""
+class Material:
+    """What a build works with, opened and checked."""
 
-    model: str
-    out: Path
-    calib: str | None = None
-    weights: str | None = None
-    eval_data: str | None = None
-    max_drop_points: float | None = None
-    target: str = "cpu"
-    precision: Literal["int8", "fp16", "fp32"] = "int8"
-    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = "percentile"
-    calib_limit: int = 128
-    eval_limit: int | None = None
-    input_size: int | None = None
-    num_classes: int | None = None
-    labels: Path | None = None
-    preprocess: Path | None = None
-    engine: str = "openvino"
-    overwrite: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class BuildOutcome:
-    """What a build made: the bundle and, where it was judged, the judgement."""
-
-    bundle: Bundle
-    validation: ValidationResult | None
-    notes: tuple[str, ...]
-
-    def to_json(self) -> str:
-        """For ``--json``: path, accuracy and the seconds of every stage."""
-        manifest = self.bundle.manifest
-        return json.dumps(
-            {
-                "bundle": str(self.bundle.path),
-                "name": manifest.name,
-                "precision": manifest.precision,
-                "engine": manifest.engine.backend,
-                "accuracy": dataclasses.asdict(manifest.accuracy) if manifest.accuracy else None,
-                "stages": [{"stage": s.stage, "seconds": s.seconds} for s in manifest.stages],
-                "files": {name: record.size_bytes for name, record in manifest.files.items()},
-                "notes": list(self.notes),
-            },
-            indent=2,
-        )
+    request: BuildRequest
+    model: ResolvedModel
+    calibration_data: Dataset | None
+    evaluation: Dataset | None
+    work_dir: Path
+    """For files that do not ship."""
+    bundle_dir: Path
+    """Where the bundle's files are written; published when all is done."""
 
 
 def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
@@ -103,10 +55,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
         AccuracyGateError: the drop is past ``max_drop_points``; nothing was published.
         EdgefoldError: the stage that failed; nothing was published.
     """
-    from engines import get_backend
-
-    _check(request)
-    backend = get_backend(request.engine)
+    preflight = _check(request)
     with ExitStack() as stack:
         # Opened first: an output that cannot be written is found before any work is done.
         writer = stack.enter_context(BundleWriter(request.out, overwrite=request.overwrite))
@@ -116,47 +65,79 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             console.print(f"note: {note}", style="yellow", markup=False)
         evaluation = _open_evaluation(request, model)
         model = _with_labels(model, evaluation)
-        calibration_data = _open_calibration(request)
-        calibration = None
-        if calibration_data is not None:
-            calibration = _calibration(request, model, calibration_data)
-        compiled = compile_model(
-            model,
-            work_dir=work_dir,
-            bundle_dir=writer.path,
-            calibration=calibration,
-            input_color=_INPUT_COLOR,
-            backend=backend,
-            options=EngineOptions(),
-            progress=progress,
-        )
-        if calibration_data is not None:
-            _report_skipped(calibration_data)
-        validation = None
-        if evaluation is not None:
-            validation = _judge(request, model, compiled, evaluation, calibration_data, backend, progress)
-        if compiled.table is not None:
+        material = Material(request, model, _open_calibration(request), evaluation, work_dir, writer.path)
+        if preflight.target.family == "cpu":
+            made = _make_for_cpu(material, progress)
+        else:
+            from apps.device_building import make_for_device
+
+            made = make_for_device(material, preflight, progress)
+        if material.calibration_data is not None:
+            _report_skipped(material.calibration_data)
+        if made.table is not None:
             from calibration.table import table_to_json
 
-            writer.add_file("calibration.json", table_to_json(compiled.table))
-        manifest = _manifest(request, model, compiled, calibration_data, evaluation, validation)
-        _report(request, writer, manifest, compiled, validation)
+            writer.add_file("calibration.json", table_to_json(made.table))
+        manifest = make_manifest(request, model, made, material.calibration_data, evaluation)
+        write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)
-    return BuildOutcome(bundle, validation, model.notes)
+    return BuildOutcome(bundle, made.validation, model.notes)
 
 
-def _check(request: BuildRequest) -> None:
-    if request.target != "cpu":
-        raise UnsupportedError(f"target {request.target!r} is not supported; this version builds for 'cpu'")
-    if request.precision == "fp16":
-        raise UnsupportedError("fp16 is no precision of the 'cpu' target; give --precision int8 or fp32")
+def _make_for_cpu(material: Material, progress: Progress) -> Made:
+    from engines import get_backend
+
+    request = material.request
+    backend = get_backend(request.engine or _CPU_ENGINE)
+    calibration, data = None, material.calibration_data
+    if data is not None:
+        quantizer, passes = open_quantizer(request, material.model, data, placement="cpu")
+        calibration = Calibration(quantizer, passes, data.sha256)
+    compiled = compile_model(
+        material.model,
+        work_dir=material.work_dir,
+        bundle_dir=material.bundle_dir,
+        calibration=calibration,
+        input_color=INPUT_COLOR,
+        backend=backend,
+        options=EngineOptions(),
+        progress=progress,
+    )
+    validation = None
+    if material.evaluation is not None:
+        validation = _judge(request, material.model, compiled, material.evaluation, data, backend, progress)
+    engine = EngineRecord(compiled.engine.backend, compiled.engine.path.name, compiled.engine.fingerprint)
+    return Made(compiled.final, compiled.table, validation, engine)
+
+
+def _check(request: BuildRequest) -> Preflight:
+    from pipeline.targets import find_target, preflight
+
+    checked = preflight(
+        find_target(request.target),
+        precision=request.precision,
+        jetpack=request.jetpack,
+        tensorrt=request.tensorrt,
+        dla=request.dla,
+    )
+    if checked.target.family == "cpu":
+        from engines import get_backend
+
+        get_backend(request.engine or _CPU_ENGINE)
+    elif request.engine is not None:
+        raise UsageError(
+            f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
+        )
     if request.precision == "int8" and request.calib is None:
         raise UsageError(
             "int8 needs images to calibrate on: give --calib DATA (about 128 images like those of the camera), "
             "or --precision fp32"
         )
+    if request.dla and request.precision != "int8":
+        raise UsageError(f"--dla writes an int8 calibration cache; --precision {request.precision} has none")
     if request.max_drop_points is not None and request.eval_data is None:
         raise UsageError("--max-drop needs labelled images to measure the drop on: give --eval DATA")
+    return checked
 
 
 def _resolve(request: BuildRequest) -> ResolvedModel:
@@ -212,19 +193,22 @@ def _open_calibration(request: BuildRequest) -> Dataset | None:
     return dataset
 
 
-def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) -> Calibration:
+def open_quantizer(
+    request: BuildRequest, model: ResolvedModel, dataset: Dataset, placement: str
+) -> tuple[StaticQuantizer, Batches]:
+    """The quantizer that the request names, and the passes over its images."""
     from apps.cache import cache_dir
     from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
-        request.calibrator, placement="cpu", runner_factory=fp32_runner, cache_dir=cache_dir("calibration")
+        request.calibrator, placement, runner_factory=fp32_runner, cache_dir=cache_dir("calibration")
     )
     passes = batches(
-        dataset, model.preprocess, _INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
+        dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
     )
-    return Calibration(quantizer, passes, dataset.sha256)
+    return quantizer, passes
 
 
 def _report_skipped(dataset: Dataset) -> None:
@@ -258,129 +242,3 @@ def _judge(
     if request.max_drop_points is not None:
         check_budget(result, request.max_drop_points)
     return result
-
-
-def _report(
-    request: BuildRequest,
-    writer: BundleWriter,
-    manifest: Manifest,
-    compiled: Compiled,
-    validation: ValidationResult | None,
-) -> None:
-    import shlex
-    import sys
-
-    from apps.report import render_report
-
-    render_report(
-        writer.path / "report.html",
-        validation=validation,
-        max_drop_points=request.max_drop_points,
-        manifest=manifest,
-        calibration=compiled.table,
-        commands=(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),),
-    )
-
-
-def print_build(outcome: BuildOutcome) -> None:
-    """The result for a person: what was made, how long each stage took, what it cost."""
-    from rich import box
-    from rich.table import Table
-
-    from apps.report import print_validation
-
-    manifest = outcome.bundle.manifest
-    table = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("stage")
-    table.add_column("seconds", justify="right")
-    for stage in manifest.stages:
-        table.add_row(stage.stage, f"{stage.seconds:.1f}")
-    console.print(table)
-    if outcome.validation is not None:
-        print_validation(outcome.validation, console)
-    sizes = {name: record.size_bytes / 1e6 for name, record in manifest.files.items()}
-    engine_mb, fp32_mb = sizes[manifest.engine.file], sizes[FOLDED_NAME]
-    console.print(
-        f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}: "
-        f"{manifest.engine.file} {engine_mb:.1f} MB (fp32 {fp32_mb:.1f} MB)"
-    )
-    console.print(f"bundle: {outcome.bundle.path}", markup=False, soft_wrap=True)
-    console.print(f"report: {outcome.bundle.file('report.html')}", markup=False, soft_wrap=True)
-    if outcome.validation is None:
-        console.print("not judged: give --eval DATA with labels to see what it cost", style="yellow")
-
-
-def _manifest(
-    request: BuildRequest,
-    model: ResolvedModel,
-    compiled: Compiled,
-    calibration_data: Dataset | None,
-    evaluation: Dataset | None,
-    validation: ValidationResult | None,
-) -> Manifest:
-    final = compiled.final
-    calibration = None
-    if compiled.table is not None and calibration_data is not None:
-        from calibration.table import table_sha256
-
-        calibration = CalibrationSummary(
-            method=compiled.table.method,
-            n_samples=compiled.table.n_samples,
-            table_sha256=table_sha256(compiled.table),
-            statistics_sha256=compiled.table.statistics_sha256,
-            dataset_sha256=calibration_data.sha256,
-            dataset_name=calibration_data.name,
-        )
-    return Manifest(
-        name=model.name,
-        created_utc=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        edgefold_version=installed_version("edgefold"),
-        tools=_tool_versions(),
-        target=request.target,
-        precision=request.precision,
-        model=ModelSource(
-            spec=request.model,
-            weights=model.weights,
-            weights_sha256=model.weights_sha256,
-            num_classes=model.num_classes,
-            input_size=request.input_size,
-        ),
-        inputs=final.inputs,
-        outputs=final.outputs,
-        preprocess=model.preprocess,
-        preprocess_folded=final.preprocess_folded,
-        input_color=final.input_color,
-        labels=final.labels,
-        calibration=calibration,
-        accuracy=_accuracy(evaluation, validation),
-        stages=final.history,
-        engine=EngineRecord(compiled.engine.backend, compiled.engine.path.name, compiled.engine.fingerprint),
-    )
-
-
-def _accuracy(evaluation: Dataset | None, validation: ValidationResult | None) -> AccuracySummary | None:
-    if evaluation is None or validation is None:
-        return None
-    total = validation.total
-    return AccuracySummary(
-        dataset_name=evaluation.name,
-        dataset_sha256=evaluation.sha256,
-        n_images=validation.n_images,
-        fp32_top1=validation.stages[0].top1,
-        int8_top1=validation.stages[-1].top1,
-        drop_points=total.drop_points,
-        drop_low=total.interval_points.low,
-        drop_high=total.interval_points.high,
-        agreement=total.agreement,
-        sqnr_db=total.sqnr_db,
-    )
-
-
-def _tool_versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in _TOOLS:
-        try:
-            versions[name] = installed_version(name)
-        except PackageNotFoundError:
-            continue
-    return versions

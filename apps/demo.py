@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from apps.building import BuildOutcome
+    from apps.publishing import BuildOutcome
     from apps.streaming.session import StreamSummary
 
 __all__ = ["demo_command"]
@@ -28,9 +28,10 @@ def demo_command(
     seconds: Annotated[float, typer.Option(min=1, help="How long to stream.")] = 10.0,
 ) -> None:
     """PyTorch model → INT8 engine → what that cost → ten seconds of camera → report.html."""
-    from apps.building import BuildRequest, build, print_build
+    from apps.building import build
     from apps.cache import cache_dir
     from apps.console import console, progress_display
+    from apps.publishing import BuildRequest, print_build
     from apps.stream import print_summary
     from apps.streaming.display import choose_display
     from apps.streaming.session import run_stream
@@ -67,7 +68,9 @@ def _in_short(outcome: BuildOutcome, summary: StreamSummary, report: Path) -> li
     manifest = outcome.bundle.manifest
     assert manifest.accuracy is not None, "the demo always judges"
     accuracy = manifest.accuracy
-    fp32, int8 = (manifest.files[name].size_bytes / 1e6 for name in ("model.onnx", manifest.engine.file))
+    fp32, int8 = (
+        manifest.files[name].size_bytes / 1e6 for name in ("model.onnx", manifest.ready_engine().file)
+    )
     latency = summary.latency["infer"]
     lines = [
         f"A PyTorch network that reads {len(manifest.labels)} road signs was turned into an INT8 engine for this "

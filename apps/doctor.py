@@ -92,18 +92,21 @@ def _self_test(name: str) -> None:
     import onnx.parser
 
     from engines import get_backend
-    from pipeline.artifacts import EngineArtifact, EngineOptions
+    from pipeline.artifacts import EngineOptions, ModelArtifact, PreprocessSpec, TensorSpec
     from pipeline.errors import EngineError
 
     graph = """<ir_version: 8, opset_import: ["" : 13]>
         g (float[1,2,4,4] x) => (float[1,2,4,4] y) <float[2,2,1,1] w = {0,1,2,0}> { y = Conv(x, w) }"""
     data = onnx.parser.parse_model(graph).SerializeToString()
-    sha256 = hashlib.sha256(data).hexdigest()
+    interface = [TensorSpec(tensor, "float32", (1, 2, 4, 4)) for tensor in "xy"]
     backend = get_backend(name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "self-test.onnx"
         path.write_bytes(data)
-        artifact = EngineArtifact(path, sha256, sha256, name, backend.fingerprint())
+        sha256 = hashlib.sha256(data).hexdigest()
+        spec = PreprocessSpec(input_hw=(4, 4))
+        model = ModelArtifact(path, sha256, (interface[0],), (interface[1],), opset=13, preprocess=spec)
+        artifact = backend.build(model, Path(folder), EngineOptions())
         with backend.load(artifact, EngineOptions()) as runner:
             x = np.linspace(-1, 1, 32, dtype=np.float32).reshape(1, 2, 4, 4)
             y = runner.infer({"x": x})["y"]

@@ -32,6 +32,7 @@ class _Policy(str, Enum):
 class _Precision(str, Enum):
     int8 = "int8"
     fp16 = "fp16"
+    bf16 = "bf16"
     fp32 = "fp32"
 
 

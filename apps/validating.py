@@ -230,7 +230,7 @@ def subject_of_bundle(bundle: Bundle, backend: EngineBackend) -> Subject:
         digest = bundle.sha256(name)
         return EngineArtifact(bundle.file(name), digest, digest, backend.name, backend.fingerprint())
 
-    ships = manifest.engine.file
+    ships = manifest.ready_engine().file
     return Subject(
         fp32=artifact(FOLDED_NAME),
         final=None if ships == FOLDED_NAME else artifact(ships),

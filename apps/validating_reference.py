@@ -63,7 +63,7 @@ def _load_reference(manifest: Manifest) -> ResolvedModel:
         raise UnsupportedError("PyTorch is not installed here (pip install 'edgefold[build]')")
     from pipeline.models.resolve import resolve_model
 
-    weights = _weights_option(source.weights)
+    weights = source.weights_option
     if weights is not None and source.weights_sha256 is not None:
         _require_digest(Path(weights), source.weights_sha256)
     model = resolve_model(
@@ -75,13 +75,6 @@ def _load_reference(manifest: Manifest) -> ResolvedModel:
             f"{model.weights_sha256}, recorded {source.weights_sha256}); build the bundle again"
         )
     return model
-
-
-def _weights_option(recorded: str) -> str | None:
-    """``--weights`` as it must have been, from what `ResolvedModel.weights` says in words."""
-    if recorded.startswith("bundled ") or recorded == "as built by the factory":
-        return None
-    return "pretrained" if recorded.startswith("pretrained (") else recorded
 
 
 def _require_digest(path: Path, expected: str) -> None:

@@ -76,7 +76,7 @@ def validate(request: ValidateRequest) -> ValidateOutcome:
             "a time"
         )
     bundles = tuple(open_bundle(path) for path in request.bundles)
-    backends = [get_backend(request.engine or bundle.manifest.engine.backend) for bundle in bundles]
+    backends = [get_backend(request.engine or bundle.manifest.ready_engine().backend) for bundle in bundles]
     resume = None if request.resume is None else ResumeFile(request.resume)
     if request.ensemble:
         return ValidateOutcome(bundles, _ensemble(request, bundles, backends, resume))

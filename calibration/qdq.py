@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from calibration.placement import ActivationPoint, Edge, Placement, WeightPoint
 from calibration.qparams import (
     asymmetric_uint8,
+    half_scale,
     int32_bias,
     min_weight_scale,
     per_channel_int8,
@@ -21,7 +22,7 @@ from calibration.qparams import (
 from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.errors import CalibrationError
 
-__all__ = ["insert_qdq"]
+__all__ = ["activation_params", "insert_qdq", "weight_params"]
 
 _FORMS = {"asymmetric_uint8": asymmetric_uint8, "symmetric_int8": symmetric_int8}
 _PIXEL = QuantParams(np.asarray(1.0, np.float32), np.asarray(0, np.uint8), "uint8")
@@ -45,9 +46,50 @@ def insert_qdq(model: ir.Model, placement: Placement, ranges: Mapping[str, Tenso
         ranges: of every tensor in ``placement.observed``.
 
     Raises:
-        CalibrationError: a range is missing or not finite, or a weight is; names the tensor.
+        CalibrationError: a range is missing or not finite, or a weight is, or a scale does not fit in the
+            placement's remainder; names the tensor.
     """
     _Inserter(model.graph, placement, ranges).run()
+
+
+def activation_params(
+    point: ActivationPoint, placement: Placement, ranges: Mapping[str, TensorRange]
+) -> QuantParams:
+    """The grid of an activation: over the ranges of all its sources.
+
+    Raises:
+        CalibrationError: a range is missing or not finite, or its scale does not fit in the placement's
+            remainder; names the tensor.
+    """
+    if point.scale is not None:
+        return QuantParams(np.asarray(point.scale, np.float32), np.asarray(0, np.int8), "int8")
+    missing = [name for name in point.sources if name not in ranges]
+    if missing:
+        raise CalibrationError(
+            f"the calibration table has no range of tensor {missing[0]!r} ({len(missing)} missing); "
+            "calibrate this model again"
+        )
+    covered = [ranges[name] for name in point.sources]
+    hull = TensorRange(min(r.low for r in covered), max(r.high for r in covered))
+    try:
+        return _representable(_FORMS[placement.activation_form](hull), placement)
+    except CalibrationError as error:
+        raise CalibrationError(f"tensor {point.tensor!r}: {error}") from error
+
+
+def weight_params(
+    weights: NDArray[np.float32],
+    point: WeightPoint,
+    placement: Placement,
+    min_scale: NDArray[Any] | float = 0.0,
+) -> QuantParams:
+    """The grids of a layer's weight, one for each output channel, none finer than `min_scale`."""
+    return _representable(per_channel_int8(weights, point.axis, min_scale), placement)
+
+
+def _representable(params: QuantParams, placement: Placement) -> QuantParams:
+    """`params` with scales that the remainder's type holds exactly, before any integer is made."""
+    return params if placement.remainder == "float32" else half_scale(params, placement.remainder)
 
 
 class _Inserter:
@@ -112,39 +154,27 @@ class _Inserter:
             self._consumer(edge).replace_input_with(edge.index, restored.outputs[0])
 
     def _grid(self, point: ActivationPoint) -> tuple[QuantParams, ir.Value, ir.Value]:
-        missing = [name for name in point.sources if name not in self._ranges]
-        if missing:
-            raise CalibrationError(
-                f"the calibration table has no range of tensor {missing[0]!r} ({len(missing)} missing); "
-                "calibrate this model again"
-            )
-        covered = [self._ranges[name] for name in point.sources]
-        hull = TensorRange(min(r.low for r in covered), max(r.high for r in covered))
-        try:
-            params = _FORMS[self._placement.activation_form](hull)
-        except CalibrationError as error:
-            raise CalibrationError(f"tensor {point.tensor!r}: {error}") from error
-        if point.sources not in self._constants:
-            self._constants[point.sources] = self._add_params(point.sources[0], params)
-        return params, *self._constants[point.sources]
+        params = activation_params(point, self._placement, self._ranges)
+        key = point.sources or (point.tensor,)
+        if key not in self._constants:
+            self._constants[key] = self._add_params(key[0], params)
+        return params, *self._constants[key]
 
     def _quantize_weight(self, point: WeightPoint) -> None:
         consumer = self._consumer(point.consumer)
         weights = _array(self._values[point.weight])
         bias = None if point.bias is None else _array(self._values[point.bias])
-        input_scale = self._input_params(point).scale
         if bias is not None and not np.isfinite(bias).all():
             raise CalibrationError(f"tensor {point.bias!r} holds NaN or Inf; check the checkpoint")
         try:
-            params = per_channel_int8(
-                weights, point.axis, 0.0 if bias is None else min_weight_scale(bias, input_scale)
-            )
+            smallest = 0.0 if bias is None else min_weight_scale(bias, self._input_params(point).scale)
+            params = weight_params(weights, point, self._placement, smallest)
         except CalibrationError as error:
             raise CalibrationError(f"tensor {point.weight!r}: {error}") from error
         restored = self._constant(consumer, point.weight, quantize(weights, params), params)
         consumer.replace_input_with(point.consumer.index, restored)
         if bias is not None and point.bias is not None:
-            steps, bias_params = int32_bias(bias, input_scale, params.scale)
+            steps, bias_params = int32_bias(bias, self._input_params(point).scale, params.scale)
             consumer.replace_input_with(2, self._constant(consumer, point.bias, steps, bias_params))
 
     def _input_params(self, point: WeightPoint) -> QuantParams:

@@ -7,14 +7,16 @@ import time
 from pathlib import Path
 
 from calibration.collect import SAMPLES_PER_IMAGE, collect
-from calibration.placement import PLACEMENTS, Placement
+from calibration.placement import PLACEMENTS, observed_by_all
 from calibration.qdq import insert_qdq
 from calibration.ranges import METHODS
 from calibration.table import StatisticsCache, check_table, derive_table
+from calibration.tensorrt_form import TensorRTForms
 from pipeline.artifacts import CalibrationTable, ModelArtifact, StageRecord, TensorStatistics
 from pipeline.contracts import Batches, Progress, RunnerFactory
 from pipeline.errors import CalibrationError, UsageError
 from pipeline.onnx_files import interface, load_model, save_model
+from pipeline.passes.center_pixels import center_pixels
 from pipeline.preprocess import preprocess_sha256
 
 __all__ = ["StaticQuantizer", "apply_table"]
@@ -23,7 +25,7 @@ __all__ = ["StaticQuantizer", "apply_table"]
 class StaticQuantizer:
     """`pipeline.contracts.Quantizer`: ranges from images, one Q/DQ placement, no training.
 
-    Changing `method` on the same model and images costs no new pass where there is a cache.
+    Changing `method` or `placement` on the same model and images costs no new pass where there is a cache.
     """
 
     def __init__(
@@ -76,6 +78,8 @@ class StaticQuantizer:
         """
         start = time.perf_counter()
         graph = load_model(model.path)
+        if self._placement == "tensorrt":
+            center_pixels(graph)
         placement = PLACEMENTS[self._placement](graph)
         if not placement.weights:
             raise CalibrationError(
@@ -86,7 +90,7 @@ class StaticQuantizer:
                 )
             )
         del graph  # its weights would be in memory twice during calibration
-        statistics, from_cache = self._statistics(model, placement, batches, dataset_sha256, progress)
+        statistics, from_cache = self.statistics(model, batches, dataset_sha256, progress)
         collected = time.perf_counter()
         table = derive_table(statistics, self._method)
         ranged = time.perf_counter()
@@ -100,21 +104,32 @@ class StaticQuantizer:
         record = dataclasses.replace(record, seconds=time.perf_counter() - start, checks=checks)
         return dataclasses.replace(quantized, history=(*model.history, record)), table, record
 
-    def _statistics(
-        self,
-        model: ModelArtifact,
-        placement: Placement,
-        batches: Batches,
-        dataset_sha256: str,
-        progress: Progress,
+    def statistics(
+        self, model: ModelArtifact, batches: Batches, dataset_sha256: str, progress: Progress
     ) -> tuple[TensorStatistics, bool]:
+        """What every placement needs to know of the activations, from one pass over the images.
+
+        Args:
+            model: folded fp32 ONNX.
+            batches: uint8 NHWC images at the input's size.
+            dataset_sha256: digest of the images.
+            progress: told of every batch.
+
+        Returns:
+            The statistics, and whether they came from the cache.
+
+        Raises:
+            CalibrationError: no images, or NaN or Inf in an activation.
+        """
+        observed = observed_by_all(load_model(model.path))
+
         def gather() -> TensorStatistics:
-            return collect(model, placement.observed, batches, dataset_sha256, self._runner_factory, progress)
+            return collect(model, observed, batches, dataset_sha256, self._runner_factory, progress)
 
         if self._cache_dir is None:
             return gather(), False
         return StatisticsCache(self._cache_dir).get_or_collect(
-            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), placement.observed, gather
+            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), observed, gather
         )
 
 
@@ -123,10 +138,17 @@ def apply_table(
 ) -> tuple[ModelArtifact, StageRecord]:
     """Write the int8 form of `model` with the ranges of a table made earlier.
 
+    One table serves every placement. ``tensorrt`` gives the strongly typed form of
+    `calibration.tensorrt_form`.
+
     Raises:
         IntegrityError: the table is another model's.
         CalibrationError: the table lacks a tensor this placement needs, or a weight is not finite.
+        PassError: a step to TensorRT's form changed what the model computes.
     """
+    if placement == "tensorrt":
+        forms = TensorRTForms(model, table)
+        return forms.int8(forms.placement(), out_path)
     start = time.perf_counter()
     check_table(table, model)
     graph = load_model(model.path)

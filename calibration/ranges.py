@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from calibration.observers import Distribution
 from calibration.qparams import asymmetric_uint8, representable_range
-from pipeline.artifacts import TensorRange
+from pipeline.artifacts import QuantParams, TensorRange
 
-__all__ = ["METHODS", "entropy", "minmax", "mse", "percentile", "quantization_error"]
+__all__ = ["METHODS", "entropy", "error_on_grid", "minmax", "mse", "percentile", "quantization_error"]
 
 PERCENTILE = 99.99
 """ONNX Runtime and NNCF take 99.99 to 99.999; a 299×299 photograph has some 10^6 values a layer."""
@@ -78,9 +78,10 @@ def entropy(seen: Distribution) -> TensorRange:
 def mse(seen: Distribution) -> TensorRange:
     """The range with the least expected squared error of its uint8 grid.
 
-    Both ends are pulled in together on a coarse scale, then each by itself on a fine one.
+    Both ends are pulled in together on a coarse scale, then each by itself on a fine one. The search merges
+    bins; where those of the histogram itself say that the whole range is better, it is taken.
     """
-    seen = _coarsened(seen)
+    exact, seen = seen, _coarsened(seen)
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)  # as every grid; ends of one sign could cross
     best = min((quantization_error(seen, TensorRange(f * low, f * high)), f) for f in _MSE_COARSE)
     error, low_part, high_part = best[0], best[1], best[1]
@@ -94,7 +95,8 @@ def mse(seen: Distribution) -> TensorRange:
             trial = quantization_error(seen, TensorRange(part * low, high_part * high))
             if trial < error:
                 error, low_part = trial, part
-    return TensorRange(float(low_part * low), float(high_part * high))
+    found, whole = TensorRange(float(low_part * low), float(high_part * high)), minmax(exact)
+    return min(found, whole, key=lambda tensor_range: quantization_error(exact, tensor_range))
 
 
 METHODS: Mapping[str, Callable[[Distribution], TensorRange]] = MappingProxyType(
@@ -103,14 +105,18 @@ METHODS: Mapping[str, Callable[[Distribution], TensorRange]] = MappingProxyType(
 
 
 def quantization_error(seen: Distribution, tensor_range: TensorRange) -> float:
-    """Mean squared error of `seen` on the uint8 grid over `tensor_range`, in closed form.
+    """Mean squared error of `seen` on the uint8 grid over `tensor_range`."""
+    return error_on_grid(seen, asymmetric_uint8(tensor_range))
+
+
+def error_on_grid(seen: Distribution, params: QuantParams) -> float:
+    """Mean squared error of `seen` on a per-tensor grid, in closed form.
 
     Within a bin the density is constant, so with ``u`` in steps from the zero point the rounding error
     integrates to ``F(u) = n / 12 + (u - n)^3 / 3``, ``n = round(u)``: a twelfth for every whole step, the
     classical ``step^2 / 12``, and what is left of the last. Outside the grid the error is the distance
     to its end.
     """
-    params = asymmetric_uint8(tensor_range)
     step = float(params.scale)
     ends = representable_range(params)
     left, right = seen.edges[:-1], seen.edges[1:]

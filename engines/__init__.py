@@ -11,7 +11,7 @@ from typing import cast
 from pipeline.contracts import EngineBackend
 from pipeline.errors import UnsupportedError
 
-__all__ = ["BACKENDS", "BackendEntry", "get_backend"]
+__all__ = ["BACKENDS", "CPU_BACKENDS", "BackendEntry", "get_backend"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,12 @@ class BackendEntry:
     """Where a backend is implemented and what it needs to be importable."""
 
     module: str
-    """Our module; it defines ``BACKEND``, an `EngineBackend`."""
+    """Our module; it defines `attribute`, an `EngineBackend`."""
     requires: str
     """The import name of the engine itself."""
     remedy: str
     """How to install the engine."""
+    attribute: str = "BACKEND"
 
 
 BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
@@ -32,9 +33,18 @@ BACKENDS: Mapping[str, BackendEntry] = MappingProxyType(
         "onnxruntime": BackendEntry(
             "engines.onnxruntime", "onnxruntime", "pip install 'edgefold[onnxruntime]'"
         ),
+        "tensorrt": BackendEntry(
+            "engines.tensorrt.backend", "tensorrt", "pip install 'edgefold[tensorrt]'; JetPack has its own"
+        ),
+        "tensorrt_rtx": BackendEntry(
+            "engines.tensorrt.backend", "tensorrt_rtx", "pip install 'edgefold[tensorrt-rtx]'", "RTX_BACKEND"
+        ),
     }
 )
 """Every engine family there is, by the name the command line and the manifest use."""
+
+CPU_BACKENDS = ("openvino", "onnxruntime")
+"""Those whose engine is the ONNX file itself, run on a CPU: any of them can run any CPU bundle."""
 
 
 def get_backend(name: str) -> EngineBackend:
@@ -53,4 +63,4 @@ def get_backend(name: str) -> EngineBackend:
             f"engine {name!r} cannot be used here: importing {entry.requires!r} failed ({error}); "
             f"install it with: {entry.remedy}"
         ) from error
-    return cast(EngineBackend, importlib.import_module(entry.module).BACKEND)
+    return cast(EngineBackend, getattr(importlib.import_module(entry.module), entry.attribute))

@@ -3,7 +3,8 @@
     export → fold → calibrate and place Q/DQ → engine
 
 What exports is in this package; what quantizes and what compiles is handed in by the caller. Every
-stage leaves a `StageRecord` in the history of the model it makes.
+stage leaves a `StageRecord` in the history of the model it makes. `prepare` is the first two stages,
+which every target shares; `compile_model` is all of them for an engine that compiles here.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
     from pipeline.models.resolve import ResolvedModel
     from pipeline.passes import PassRecord
 
-__all__ = ["FOLDED_NAME", "QUANTIZED_NAME", "Calibration", "Compiled", "compile_model", "export_resolved"]
+__all__ = [
+    "FOLDED_NAME",
+    "QUANTIZED_NAME",
+    "Calibration",
+    "Compiled",
+    "Prepared",
+    "compile_model",
+    "export_resolved",
+    "prepare",
+]
 
 FOLDED_NAME = "model.onnx"
 QUANTIZED_NAME = "model.int8.onnx"
@@ -33,6 +43,15 @@ class Calibration:
     quantizer: Quantizer
     batches: Batches
     dataset_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The graph as PyTorch wrote it, the folded fp32 graph that ships, and what each pass did."""
+
+    exported: ModelArtifact
+    folded: ModelArtifact
+    passes: tuple[PassRecord, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +82,33 @@ def export_resolved(model: ResolvedModel, out_path: Path) -> ModelArtifact:
     return import_onnx(model.onnx_path, model.preprocess, out_path, labels=model.labels)
 
 
+def prepare(
+    model: ResolvedModel,
+    *,
+    work_dir: Path,
+    bundle_dir: Path,
+    input_color: Literal["RGB", "BGR"],
+    progress: Progress,
+) -> Prepared:
+    """Export and fold.
+
+    Args:
+        model: what to compile.
+        work_dir: for files that do not ship.
+        bundle_dir: where `FOLDED_NAME` goes.
+        input_color: the channel order the graph is to take; cameras deliver BGR.
+        progress: told the name of each pass.
+
+    Raises:
+        ExportError, PassError: the stage that failed, and why.
+    """
+    from pipeline.passes import fold
+
+    exported = export_resolved(model, work_dir / "exported.onnx")
+    folded, passes = fold(exported, bundle_dir / FOLDED_NAME, input_color=input_color, progress=progress)
+    return Prepared(exported, folded, passes)
+
+
 def compile_model(
     model: ResolvedModel,
     *,
@@ -89,14 +135,13 @@ def compile_model(
     Raises:
         ExportError, PassError, CalibrationError, EngineError: the stage that failed, and why.
     """
-    from pipeline.passes import fold
-
-    n_stages = 4 if calibration is not None else 3
+    n_stages = 3 if calibration is not None else 2
     progress("stages", 0, n_stages)
-    exported = export_resolved(model, work_dir / "exported.onnx")
+    prepared = prepare(
+        model, work_dir=work_dir, bundle_dir=bundle_dir, input_color=input_color, progress=progress
+    )
+    folded = prepared.folded
     progress("stages", 1, n_stages)
-    folded, passes = fold(exported, bundle_dir / FOLDED_NAME, input_color=input_color, progress=progress)
-    progress("stages", 2, n_stages)
     final, table = folded, None
     if calibration is not None:
         final, table, record = calibration.quantizer.quantize(
@@ -104,7 +149,7 @@ def compile_model(
         )
         if record not in final.history:
             final = replace(final, history=(*final.history, record))
-        progress("stages", 3, n_stages)
+        progress("stages", 2, n_stages)
     began = time.perf_counter()
     engine = backend.build(final, bundle_dir, options)
     record = StageRecord(
@@ -115,4 +160,5 @@ def compile_model(
         checks={"backend": engine.backend, "portable": engine.portable},
     )
     progress("stages", n_stages, n_stages)
-    return Compiled(exported, folded, replace(final, history=(*final.history, record)), passes, table, engine)
+    final = replace(final, history=(*final.history, record))
+    return Compiled(prepared.exported, folded, final, prepared.passes, table, engine)

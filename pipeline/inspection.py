@@ -27,10 +27,12 @@ __all__ = [
     "Change",
     "GraphSummary",
     "Inspection",
+    "at_batch_one",
     "compare",
     "inspect_bundle",
     "inspect_onnx",
     "inspect_resolved",
+    "node_macs",
     "summarize",
     "summarize_model",
 ]
@@ -47,7 +49,7 @@ class GraphSummary:
     """Elements of all stored tensors but int64 ones, which hold shapes and axes."""
     parameter_bytes: int
     macs: int
-    """Multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul at batch 1."""
+    """Multiply-accumulates of Conv, ConvTranspose, Gemm and MatMul in the main graph, at batch 1."""
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
@@ -115,7 +117,7 @@ def summarize_model(model: ir.Model) -> GraphSummary:
         n_nodes=counts.total(),
         n_parameters=sum(tensor.size for tensor in tensors),
         parameter_bytes=sum(tensor.nbytes for tensor in tensors),
-        macs=_macs(model),
+        macs=sum(node_macs(node) for node in at_batch_one(model).graph),
         inputs=inputs,
         outputs=outputs,
     )
@@ -195,8 +197,11 @@ def _spec_from_json(values: dict[str, Any]) -> TensorSpec:
     return TensorSpec(values["name"], values["dtype"], tuple(values["shape"]))
 
 
-def _macs(model: ir.Model) -> int:
-    """Sum over the linear layers of the main graph, shapes inferred at batch 1."""
+def at_batch_one(model: ir.Model) -> ir.Model:
+    """A copy of `model` whose free input dimensions are 1, with every shape inferred from there.
+
+    A fixed batch stays as it is.
+    """
     single = model.clone()
     for value in single.graph.inputs:
         if value.shape is not None:
@@ -205,10 +210,11 @@ def _macs(model: ir.Model) -> int:
         for value in node.outputs:
             value.shape = None
     common.ShapeInferencePass(data_prop=True)(single)
-    return sum(_node_macs(node) for node in single.graph)
+    return single
 
 
-def _node_macs(node: ir.Node) -> int:
+def node_macs(node: ir.Node) -> int:
+    """Multiply-accumulates of one Conv, ConvTranspose, Gemm or MatMul; 0 of anything else."""
     if node.op_type in ("Conv", "ConvTranspose"):
         # Each weight is used once for every output position (of a transposed one: input position).
         positions = _shape(node.outputs[0] if node.op_type == "Conv" else node.inputs[0])

@@ -23,16 +23,19 @@ __all__ = [
     "SCHEMA_VERSION",
     "AccuracySummary",
     "CalibrationSummary",
+    "CandidateRecord",
+    "Deployment",
     "EngineRecord",
     "FileRecord",
     "Manifest",
+    "Measurement",
     "ModelSource",
     "manifest_from_json",
     "manifest_json_schema",
     "manifest_to_json",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Raised by every change that an older reader would misread."""
 
 _STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
@@ -61,10 +64,13 @@ class ModelSource:
 
     spec: str
     weights: str
+    """Where the weights are from, in words."""
     weights_sha256: Sha256 | None
     num_classes: Annotated[int, Field(ge=1)]
     input_size: int | None = None
     """``--input-size`` where it was given; ``preprocess.input_hw`` has the size in any case."""
+    weights_option: str | None = None
+    """``--weights`` as it was given; ``None`` where the spec brings its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,58 @@ class EngineRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class CandidateRecord:
+    """A graph that the device may compile, with the accuracy it had when the host emulated it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    name: str
+    file: FileName
+    precision: Literal["int8", "fp16", "bf16", "fp32"]
+    """Of most of its layers."""
+    reason: str
+    """Why it is offered."""
+    accuracy: AccuracySummary | None
+    """Emulated on the host's CPU; ``None`` where no evaluation data was given."""
+    within_budget: bool
+    """Whether the emulated drop keeps the budget; true where there is none to keep."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """One candidate's plan as it was built and timed on the device."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    candidate: str
+    plan_bytes: Annotated[int, Field(ge=1)]
+    build_seconds: float
+    p50_ms: float | None
+    """At batch 1, transfers included; ``None``: built, not timed."""
+    p99_ms: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What a bundle for a device that compiles on itself carries, and what it has made of it."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    sm: Annotated[int, Field(ge=10)]
+    """Compute capability of the target, times ten."""
+    jetpack: str | None
+    tensorrt: str | None
+    """The TensorRT version on the target, where it is known."""
+    max_drop_points: float | None
+    candidates: tuple[CandidateRecord, ...]
+    chosen: str | None = None
+    """The candidate whose plan the bundle's engine is."""
+    measurements: tuple[Measurement, ...] = ()
+    notes: tuple[str, ...] = ()
+    """What whoever runs the plan should know."""
+
+
+@dataclass(frozen=True, slots=True)
 class Manifest:
     """All that is known of a bundle. `files` is filled in by `pipeline.bundle.BundleWriter`."""
 
@@ -127,7 +185,7 @@ class Manifest:
     tools: dict[str, str]
     """Name to version of everything that took part."""
     target: str
-    precision: Literal["int8", "fp16", "fp32"]
+    precision: Literal["int8", "fp16", "bf16", "fp32"]
     model: ModelSource
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -140,9 +198,25 @@ class Manifest:
     calibration: CalibrationSummary | None
     accuracy: AccuracySummary | None
     stages: tuple[StageRecord, ...]
-    engine: EngineRecord
+    engine: EngineRecord | None
+    """``None`` until `edgefold finish` has run on the device that compiles the plan."""
+    deployment: Deployment | None = None
+    """Of the targets that run a compiled plan; ``None`` for a CPU."""
     files: dict[FileName, FileRecord] = field(default_factory=dict)
-    schema_version: Annotated[int, Field(ge=1, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+    schema_version: Annotated[int, Field(ge=SCHEMA_VERSION, le=SCHEMA_VERSION)] = SCHEMA_VERSION
+
+    def ready_engine(self) -> EngineRecord:
+        """The engine to run.
+
+        Raises:
+            UnsupportedError: the bundle was made for a device that has not finished it yet.
+        """
+        if self.engine is None:
+            raise UnsupportedError(
+                f"{self.name} for {self.target} has no engine yet: run `edgefold finish` on the {self.target}, "
+                "which compiles it there"
+            )
+        return self.engine
 
 
 @cache
@@ -193,6 +267,11 @@ def manifest_from_json(data: bytes, source: str = "manifest.json") -> Manifest:
             f"{source} has schema version {version}; this edgefold reads up to {SCHEMA_VERSION}: "
             f"install edgefold {tree.get('edgefold_version', 'of the build machine')} or newer"
         )
+    if 0 < version < SCHEMA_VERSION:
+        raise UnsupportedError(
+            f"{source} has schema version {version}, of a development version of edgefold; this one reads "
+            f"{SCHEMA_VERSION}: build the bundle again"
+        )
     try:
         manifest = _adapter().validate_json(data, strict=True)
     except ValidationError as error:
@@ -200,9 +279,18 @@ def manifest_from_json(data: bytes, source: str = "manifest.json") -> Manifest:
             f"{'.'.join(map(str, item['loc'])) or 'document'}: {item['msg']}" for item in error.errors()[:5]
         )
         raise IntegrityError(f"{source} does not describe a bundle: {details}; build it again") from error
-    if manifest.engine.file not in manifest.files:
-        raise IntegrityError(f"{source} names the engine file {manifest.engine.file!r} but does not list it")
+    for name in _named_files(manifest):
+        if name not in manifest.files:
+            raise IntegrityError(f"{source} names the engine file {name!r} but does not list it")
+    if manifest.engine is None and manifest.deployment is None:
+        raise IntegrityError(f"{source} has neither an engine nor a deployment that would make one")
     return manifest
+
+
+def _named_files(manifest: Manifest) -> tuple[str, ...]:
+    engine = () if manifest.engine is None else (manifest.engine.file,)
+    candidates = () if manifest.deployment is None else manifest.deployment.candidates
+    return (*engine, *(candidate.file for candidate in candidates))
 
 
 def manifest_json_schema() -> dict[str, Any]:

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from pipeline.artifacts import PreprocessSpec, Sample
 from pipeline.datasets import one_ahead
 from pipeline.errors import DataError, UsageError
-from pipeline.preprocess import resized_hw, to_network_pixels
+from pipeline.preprocess import crop_start, resized_hw, to_network_pixels
 
 __all__ = ["CROP_COUNTS", "Crops", "View", "check_crops", "crops_of", "pixels_a_call", "seen_batches"]
 
@@ -164,7 +164,7 @@ def _squares(image: _Pixels) -> list[_Pixels]:
     """Left, central and right; of an upright image top, central and bottom."""
     height, width = image.shape[:2]
     side = min(height, width)
-    starts = [0, round((max(height, width) - side) / 2.0), max(height, width) - side]
+    starts = [0, crop_start(max(height, width), side), max(height, width) - side]
     if width >= height:
         return [image[:, start : start + side] for start in starts]
     return [image[start : start + side] for start in starts]
@@ -173,6 +173,6 @@ def _squares(image: _Pixels) -> list[_Pixels]:
 def _five(square: _Pixels, side: int) -> list[_Pixels]:
     """The four corners and the center."""
     last = square.shape[0] - side
-    middle = round(last / 2.0)
+    middle = crop_start(square.shape[0], side)
     starts = [(0, 0), (0, last), (last, 0), (last, last), (middle, middle)]
     return [square[top : top + side, left : left + side] for top, left in starts]

@@ -34,7 +34,7 @@ from pipeline.validation_meter import AccuracyFigures
 
 __all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
 
-StreamPrecision = Literal["int8", "fp16", "fp32"]
+StreamPrecision = Literal["int8", "fp16", "bf16", "fp32"]
 
 _FOLDED_NAME = "model.onnx"
 _USER_CLOSED = "window closed"
@@ -131,7 +131,7 @@ def run_stream(
     uri = parse_source(source)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     precision = precision or opened.manifest.precision
-    engine = engine or opened.manifest.engine.backend
+    engine = engine or opened.manifest.ready_engine().backend
     classes = _model_classes(opened)
     notes: list[str] = []
     with ExitStack() as stack:
@@ -311,7 +311,7 @@ def _load_runner(bundle: Bundle, engine: str, precision: StreamPrecision, cache_
     """The engine on the bundle's model file, with the interface that the manifest promises."""
     backend = engines.get_backend(engine)
     manifest = bundle.manifest
-    names = {"fp32": _FOLDED_NAME, manifest.precision: manifest.engine.file}
+    names = {"fp32": _FOLDED_NAME, manifest.precision: manifest.ready_engine().file}
     if precision not in names:
         raise UsageError(f"the bundle {bundle.path} has {' and '.join(names)} models, none in {precision}")
     name = names[precision]

@@ -7,10 +7,25 @@ from types import MappingProxyType
 
 import onnx_ir as ir
 
-from calibration.placement import cpu
-from calibration.placement.points import ActivationPoint, Edge, Placement, WeightPoint
+from calibration.placement import cpu, tensorrt
+from calibration.placement.points import ActivationPoint, Edge, FloatType, Placement, WeightPoint
 
-__all__ = ["PLACEMENTS", "ActivationPoint", "Edge", "Placement", "WeightPoint"]
+__all__ = [
+    "PLACEMENTS",
+    "ActivationPoint",
+    "Edge",
+    "FloatType",
+    "Placement",
+    "WeightPoint",
+    "observed_by_all",
+]
 
-PLACEMENTS: Mapping[str, Callable[[ir.Model], Placement]] = MappingProxyType({"cpu": cpu.place})
+PLACEMENTS: Mapping[str, Callable[[ir.Model], Placement]] = MappingProxyType(
+    {"cpu": cpu.place, "tensorrt": tensorrt.place}
+)
 """By engine family."""
+
+
+def observed_by_all(model: ir.Model) -> tuple[str, ...]:
+    """The tensors whose ranges any of the placements needs: one calibration then emits every form."""
+    return tuple(dict.fromkeys(name for place in PLACEMENTS.values() for name in place(model).observed))

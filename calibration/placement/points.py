@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["ActivationPoint", "Edge", "Placement", "WeightPoint"]
+__all__ = ["ActivationPoint", "Edge", "FloatType", "Placement", "WeightPoint"]
+
+FloatType = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -21,13 +23,15 @@ class ActivationPoint:
     """A tensor that gets QuantizeLinear and DequantizeLinear.
 
     ``consumers`` read the dequantized tensor, every other use the float one. The grid covers the
-    ranges of all ``sources``; points with the same sources therefore have the same scale.
+    ranges of all ``sources``; points with the same sources therefore have the same scale. Where the
+    values are integers beforehand (pixels), ``scale`` is their step and there are no sources.
     """
 
     tensor: str
     consumers: tuple[Edge, ...]
     sources: tuple[str, ...]
     reason: str
+    scale: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,8 @@ class Placement:
 
     ``pixels`` are uint8 graph inputs that are only moved and cast to float: a DequantizeLinear with
     scale 1 and zero point 0 takes the place of the Cast, and nothing is rounded.
-    ``skipped`` says which layers stay in float, and why.
+    ``skipped`` says which layers stay in float, and why. ``remainder`` is the type that everything not
+    quantized will have: every scale is a value of it.
     """
 
     family: str
@@ -61,6 +66,7 @@ class Placement:
     activations: tuple[ActivationPoint, ...]
     weights: tuple[WeightPoint, ...]
     skipped: tuple[tuple[str, str], ...]
+    remainder: FloatType = "float32"
 
     @property
     def observed(self) -> tuple[str, ...]:

@@ -198,7 +198,7 @@ def _compare(
         graph_pass,
         outputs,
         new_outputs,
-        rounding=lambda: _execute(graph_pass, run, nudged(original, seed), feeds),
+        rounding=lambda: _execute(graph_pass, run, nudged(original, seed, graph_pass.nudge), feeds),
     )
     return new_feeds, new_outputs, max_error, sqnr
 

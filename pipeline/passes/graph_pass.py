@@ -34,6 +34,10 @@ one layer gives 66 dB.
 """
 
 
+WORST = Tolerance(relative=0.01, sqnr_db=40.0)
+"""What no model's own rounding excuses, where a pass is exact."""
+
+
 @dataclass(frozen=True, slots=True)
 class RewriteReport:
     """What a rewrite did: how many nodes went, and which candidates it left alone and why."""
@@ -50,12 +54,19 @@ class GraphPass:
     ``rewrite`` is idempotent: on its own result it rewrites nothing. ``original_feeds`` is set where
     the pass changes the model's input: from the original model and feeds of the rewritten one it makes
     the feeds of the original that mean the same.
+
+    Some models cancel so much that no fixed tolerance fits them. Where `tolerance` is exceeded, the pass
+    may still move the outputs twice as far as the original moves when each of its weights is changed by
+    ``nudge`` of itself, and never further than ``worst``. A pass that rounds the weights says by how much.
     """
 
     name: str
     rewrite: Callable[[ir.Model], RewriteReport]
     tolerance: Tolerance = EXACT_ALGEBRA
     original_feeds: Callable[[ir.Model, Feeds], Feeds] | None = None
+    nudge: float = 2.0**-20
+    """Eight units in the last place of float32."""
+    worst: Tolerance = WORST
 
 
 @dataclass(frozen=True, slots=True)

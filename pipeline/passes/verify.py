@@ -34,9 +34,6 @@ _FREE_BATCH = 2
 
 
 _PATCH = 16
-_NUDGE = 2.0**-20
-_WORST = Tolerance(relative=0.01, sqnr_db=40.0)
-"""What no model's own rounding excuses."""
 
 
 def execute(model: ir.Model, feeds: Feeds) -> Feeds:
@@ -81,15 +78,15 @@ def seeded_feeds(model: ir.Model, seed: int) -> Feeds:
     return feeds
 
 
-def nudged(model: ir.Model, seed: int) -> ir.Model:
-    """A copy of `model` with every float weight moved up or down by eight units in its last place."""
+def nudged(model: ir.Model, seed: int, nudge: float) -> ir.Model:
+    """A copy of `model` with every float weight moved up or down by `nudge` of itself."""
     rng = np.random.default_rng(seed)
     copy = model.clone()
     for value in copy.graph.initializers.values():
         if value.const_value is not None and value.dtype == ir.DataType.FLOAT:
             weights = value.const_value.numpy()
             signs = rng.integers(0, 2, weights.shape, dtype=np.int8) * np.float32(2) - np.float32(1)
-            value.const_value = ir.tensor(weights * (1 + np.float32(_NUDGE) * signs), name=value.name)
+            value.const_value = ir.tensor(weights * (1 + np.float32(nudge) * signs), name=value.name)
     return copy
 
 
@@ -136,7 +133,7 @@ def check_numerics(
 
     Where the pass's limits are exceeded, the model itself may be at fault: some cancel so much that the
     rounding of their weights alone moves their output as far. `rounding` then gives the outputs of the
-    `nudged` original, and twice that error is allowed, up to `_WORST`.
+    `nudged` original, and twice that error is allowed, up to the pass's ``worst``.
 
     Returns:
         The largest absolute error and the lowest SQNR in dB (``inf`` if all are equal) over the outputs.
@@ -156,9 +153,10 @@ def check_numerics(
         limits, change = graph_pass.tolerance, _change(reference, result)
         if not _within(change, limits) and rounding is not None:
             own = _change(reference, rounding()[name])
+            worst = graph_pass.worst
             limits = Tolerance(
-                relative=max(limits.relative, min(2 * own.relative, _WORST.relative)),
-                sqnr_db=min(limits.sqnr_db, max(own.sqnr_db - 6.0, _WORST.sqnr_db)),
+                relative=max(limits.relative, min(2 * own.relative, worst.relative)),
+                sqnr_db=min(limits.sqnr_db, max(own.sqnr_db - 6.0, worst.sqnr_db)),
             )
         error = max_abs_error(reference, result)
         if not _within(change, limits):

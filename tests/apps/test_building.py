@@ -10,34 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tinted import FACTORY, write_tinted_images
 
-from apps.building import BuildRequest, build
+from apps.building import build
 from apps.cli import main
+from apps.publishing import BuildRequest
 from pipeline.bundle import open_bundle
 from pipeline.errors import AccuracyGateError, DataError, EdgefoldError, UnsupportedError, UsageError
-
-FACTORY = '''
-import torch
-from torch import nn
-
-
-def classifier(num_classes=2):
-    """Tells the redder half of the images from the bluer: right by construction."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
-    )
-    with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].weight[0, 0] = 1.0
-        model[0].weight[1, 2] = 1.0
-        model[5].weight.zero_()
-        model[5].bias.zero_()
-        model[5].weight[0, 0] = 1.0
-        model[5].weight[1, 1] = 1.0
-    return model
-'''
 
 
 @pytest.fixture
@@ -49,15 +28,7 @@ def model_py(tmp_path: Path) -> str:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Twenty images, red ones and blue ones, with enough noise that INT8 has something to do."""
-    rng = np.random.default_rng(0)
-    for name, tint in (("a_red", (150, 60, 60)), ("b_blue", (60, 60, 150))):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
-        for i in range(10):
-            pixels = np.clip(rng.normal(tint, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    return write_tinted_images(tmp_path / "images")
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +131,10 @@ def test_bad_requests_are_refused_before_any_work(model_py: str, images: Path, t
     out = tmp_path / "bundle"
     for changes, error, words in (
         ({"calib": None}, UsageError, "--calib"),
-        ({"target": "jetson-orin-nx"}, UnsupportedError, "cpu"),
+        ({"target": "jetson-orin-nx", "jetpack": "7.1"}, UnsupportedError, "sm_87"),
+        ({"target": "jetson-orin-nx", "engine": "openvino"}, UsageError, "TensorRT plan"),
+        ({"target": "jetson-xavier-nx"}, UnsupportedError, "JetPack"),
+        ({"target": "jetson-orin-nx", "dla": True, "precision": "fp16"}, UsageError, "--dla"),
         ({"precision": "fp16"}, UnsupportedError, "fp16"),
         ({"eval_data": None, "max_drop_points": 0.5}, UsageError, "--eval"),
         ({"engine": "tensorrt-9"}, UnsupportedError, "openvino"),

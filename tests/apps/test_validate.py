@@ -235,7 +235,9 @@ def test_a_model_of_fixed_batch_gets_its_own(make_bundle, data, tmp_path, factor
 class TestReference:
     def test_without_pytorch_the_chain_starts_at_the_folded_graph(self, monkeypatch):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        recorded = manifest("inception_v3", model=ModelSource("inception_v3", "random:0", None, 3))
+        recorded = manifest(
+            "inception_v3", model=ModelSource("inception_v3", "random:0", None, 3, weights_option="random:0")
+        )
         assert "PyTorch is not installed" in find_reference(recorded, "auto").why_not
         with pytest.raises(UnsupportedError, match=r"edgefold\[build\]"):
             find_reference(recorded, "torch")
@@ -243,7 +245,7 @@ class TestReference:
     def test_weights_that_moved_or_changed_are_no_reference(self, tmp_path):
         pytest.importorskip("torch")
         weights = tmp_path / "weights.safetensors"
-        source = ModelSource("inception_v3", str(weights), "0" * 64, 3)
+        source = ModelSource("inception_v3", str(weights), "0" * 64, 3, weights_option=str(weights))
         assert "are not there" in find_reference(manifest("", model=source), "auto").why_not
         weights.write_bytes(b"other")
         reason = find_reference(manifest("", model=source), "auto").why_not

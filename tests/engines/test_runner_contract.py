@@ -1,4 +1,4 @@
-"""What every backend must do, run over every backend and both precisions."""
+"""What every backend must do, run over every backend for CPUs and both precisions."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from concurrent.futures import Future
 import numpy as np
 import onnx.parser
 import pytest
+from fake_tensorrt import FakeTensorRtBackend
 
-from engines import BACKENDS, get_backend
+from engines import BACKENDS, CPU_BACKENDS, get_backend
 from pipeline.artifacts import EngineArtifact, EngineOptions
 from pipeline.contracts import EngineBackend, Runner
 from pipeline.errors import EngineError, IntegrityError, UsageError
 
+TENSORRT_STAND_IN = "tensorrt without a GPU"
+"""TensorRT's runner over a device and a library in host memory."""
 
-@pytest.fixture(params=sorted(BACKENDS))
+
+@pytest.fixture(params=[*CPU_BACKENDS, TENSORRT_STAND_IN])
 def backend(request: pytest.FixtureRequest) -> EngineBackend:
+    if request.param == TENSORRT_STAND_IN:
+        return FakeTensorRtBackend()
     pytest.importorskip(BACKENDS[request.param].requires)
     return get_backend(request.param)
 
@@ -256,7 +262,11 @@ def test_altered_file_is_refused_before_parsing(backend, artifact, monkeypatch):
     data = bytearray(artifact.path.read_bytes())
     data[len(data) // 2] ^= 1
     artifact.path.write_bytes(data)
-    parsers = {"openvino": "openvino.Core.read_model", "onnxruntime": "onnxruntime.InferenceSession"}
+    parsers = {
+        "openvino": "openvino.Core.read_model",
+        "onnxruntime": "onnxruntime.InferenceSession",
+        "tensorrt": "fake_tensorrt.FakeRuntime.deserialize_cuda_engine",
+    }
 
     def parsed(*_args: object, **_kwargs: object) -> None:
         raise AssertionError("the file was parsed")

@@ -15,14 +15,38 @@ from pipeline.artifacts import StageRecord
 from pipeline.errors import IntegrityError, UnsupportedError
 from pipeline.manifest import (
     SCHEMA_VERSION,
+    CandidateRecord,
+    Deployment,
     FileRecord,
     Manifest,
+    Measurement,
     manifest_from_json,
     manifest_json_schema,
     manifest_to_json,
 )
 
 COMPLETE = replace(make_manifest(), files={"model.int8.onnx": FileRecord(4, "1" * 64)})
+
+
+DEVICE = replace(
+    COMPLETE,
+    target="jetson-orin-nx-16gb",
+    engine=None,
+    files={"model.int8.onnx": FileRecord(4, "1" * 64), "model.fp16.onnx": FileRecord(4, "2" * 64)},
+    deployment=Deployment(
+        sm=87,
+        jetpack="6.2",
+        tensorrt="10.3",
+        max_drop_points=0.5,
+        candidates=(
+            CandidateRecord("int8", "model.int8.onnx", "int8", "everywhere", COMPLETE.accuracy, True),
+            CandidateRecord("fp16", "model.fp16.onnx", "fp16", "to beat", None, True),
+        ),
+        chosen="int8",
+        measurements=(Measurement("int8", 1000, 12.5, None, None), Measurement("fp16", 1800, 9.0, 1.5, 1.9)),
+        notes=("loads in TensorRT-RTX only",),
+    ),
+)
 
 
 def changed(path: str, value: Any) -> bytes:
@@ -46,6 +70,30 @@ def test_what_is_written_is_read_back_equal() -> None:
 def test_what_may_be_absent_may_be_absent() -> None:
     bare = replace(COMPLETE, calibration=None, accuracy=None, stages=(), labels=(), precision="fp32")
     assert manifest_from_json(manifest_to_json(bare)) == bare
+
+
+def test_a_bundle_for_a_device_is_read_back_equal_and_has_no_engine_until_it_is_finished() -> None:
+    manifest = manifest_from_json(manifest_to_json(DEVICE))
+    assert manifest == DEVICE
+    with pytest.raises(UnsupportedError, match=r"edgefold finish.*jetson-orin-nx-16gb"):
+        manifest.ready_engine()
+    assert COMPLETE.ready_engine() is COMPLETE.engine
+
+
+def test_a_candidate_that_is_not_there_is_refused() -> None:
+    missing = replace(DEVICE, files={"model.int8.onnx": FileRecord(4, "1" * 64)})
+    with pytest.raises(IntegrityError, match=r"model\.fp16\.onnx"):
+        manifest_to_json(missing)
+
+
+def test_neither_engine_nor_deployment_is_no_bundle() -> None:
+    with pytest.raises(IntegrityError, match="neither"):
+        manifest_to_json(replace(COMPLETE, engine=None))
+
+
+def test_an_older_schema_has_to_be_built_again() -> None:
+    with pytest.raises(UnsupportedError, match=rf"version 1.*reads {SCHEMA_VERSION}.*again"):
+        manifest_from_json(changed("schema_version", 1))
 
 
 @pytest.mark.parametrize(
@@ -159,7 +207,16 @@ def test_every_field_is_described_in_the_documentation() -> None:
     page = (Path(__file__).parents[2] / "docs" / "bundle-format.md").read_text(encoding="utf-8")
     schema = manifest_json_schema()
     names = set(schema["properties"])
-    for item in ("ModelSource", "CalibrationSummary", "AccuracySummary", "FileRecord", "StageRecord"):
+    for item in (
+        "ModelSource",
+        "CalibrationSummary",
+        "AccuracySummary",
+        "FileRecord",
+        "StageRecord",
+        "Deployment",
+        "CandidateRecord",
+        "Measurement",
+    ):
         names |= set(schema["$defs"][item]["properties"])
     names -= {"table_sha256", "statistics_sha256"}  # in words there
     assert not {name for name in names if f"`{name}`" not in page}

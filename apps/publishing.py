@@ -1,0 +1,259 @@
+"""What a build is published as: the request, what the stages made of it, the manifest, report and summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import platform
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from apps.console import console
+from apps.device_view import print_deployment
+from pipeline.artifacts import CalibrationTable, ModelArtifact
+from pipeline.bundle import Bundle, BundleWriter
+from pipeline.compile import FOLDED_NAME
+from pipeline.contracts import Dataset
+from pipeline.manifest import (
+    AccuracySummary,
+    CalibrationSummary,
+    Deployment,
+    EngineRecord,
+    Manifest,
+    ModelSource,
+)
+
+if TYPE_CHECKING:
+    from pipeline.models.resolve import ResolvedModel
+    from pipeline.validation_result import ValidationResult
+
+__all__ = [
+    "BuildOutcome",
+    "BuildRequest",
+    "Made",
+    "accuracy_summary",
+    "make_manifest",
+    "print_build",
+    "tool_versions",
+    "write_report",
+]
+
+_TOOLS = (
+    "torch",
+    "timm",
+    "torchvision",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "openvino",
+    "onnxruntime",
+    "numpy",
+    "pillow",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class BuildRequest:
+    """The options of ``edgefold build``, as given."""
+
+    model: str
+    out: Path
+    calib: str | None = None
+    weights: str | None = None
+    eval_data: str | None = None
+    max_drop_points: float | None = None
+    target: str = "cpu"
+    precision: Literal["int8", "fp16", "fp32"] = "int8"
+    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = "percentile"
+    calib_limit: int = 128
+    eval_limit: int | None = None
+    input_size: int | None = None
+    num_classes: int | None = None
+    labels: Path | None = None
+    preprocess: Path | None = None
+    engine: str | None = None
+    jetpack: str | None = None
+    tensorrt: str | None = None
+    dla: bool = False
+    overwrite: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class BuildOutcome:
+    """What a build made: the bundle and, where it was judged, the judgement."""
+
+    bundle: Bundle
+    validation: ValidationResult | None
+    notes: tuple[str, ...]
+
+    def to_json(self) -> str:
+        """For ``--json``: path, accuracy and the seconds of every stage."""
+        manifest = self.bundle.manifest
+        return json.dumps(
+            {
+                "bundle": str(self.bundle.path),
+                "name": manifest.name,
+                "precision": manifest.precision,
+                "engine": None if manifest.engine is None else manifest.engine.backend,
+                "deployment": None
+                if manifest.deployment is None
+                else dataclasses.asdict(manifest.deployment),
+                "accuracy": dataclasses.asdict(manifest.accuracy) if manifest.accuracy else None,
+                "stages": [{"stage": s.stage, "seconds": s.seconds} for s in manifest.stages],
+                "files": {name: record.size_bytes for name, record in manifest.files.items()},
+                "notes": list(self.notes),
+            },
+            indent=2,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What the stages made for a target, not published yet.
+
+    ``final`` is the graph the engine runs, or is to run; ``engine`` is ``None`` where the device has
+    to compile it, and ``deployment`` where it need not.
+    """
+
+    final: ModelArtifact
+    table: CalibrationTable | None
+    validation: ValidationResult | None
+    engine: EngineRecord | None
+    deployment: Deployment | None = None
+
+
+def write_report(
+    request: BuildRequest,
+    writer: BundleWriter,
+    manifest: Manifest,
+    made: Made,
+) -> None:
+    """Write ``report.html`` into the bundle."""
+    import shlex
+    import sys
+
+    from apps.report import render_report
+
+    render_report(
+        writer.path / "report.html",
+        validation=made.validation,
+        max_drop_points=request.max_drop_points,
+        manifest=manifest,
+        calibration=made.table,
+        commands=(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),),
+    )
+
+
+def print_build(outcome: BuildOutcome) -> None:
+    """The result for a person: what was made, how long each stage took, what it cost."""
+    from rich import box
+    from rich.table import Table
+
+    from apps.report import print_validation
+
+    manifest = outcome.bundle.manifest
+    table = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("stage")
+    table.add_column("seconds", justify="right")
+    for stage in manifest.stages:
+        table.add_row(stage.stage, f"{stage.seconds:.1f}")
+    console.print(table)
+    if outcome.validation is not None:
+        print_validation(outcome.validation, console)
+    sizes = {name: record.size_bytes / 1e6 for name, record in manifest.files.items()}
+    print_deployment(manifest, console)
+    built = f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}"
+    if manifest.engine is not None:
+        file = manifest.engine.file
+        built += f": {file} {sizes[file]:.1f} MB (fp32 ONNX {sizes[FOLDED_NAME]:.1f} MB)"
+    console.print(built)
+    console.print(f"bundle: {outcome.bundle.path}", markup=False, soft_wrap=True)
+    console.print(f"report: {outcome.bundle.file('report.html')}", markup=False, soft_wrap=True)
+    if outcome.validation is None:
+        console.print("not judged: give --eval DATA with labels to see what it cost", style="yellow")
+
+
+def make_manifest(
+    request: BuildRequest,
+    model: ResolvedModel,
+    made: Made,
+    calibration_data: Dataset | None,
+    evaluation: Dataset | None,
+) -> Manifest:
+    """All that is known of the build; the files are added when it is committed."""
+    final = made.final
+    calibration = None
+    if made.table is not None and calibration_data is not None:
+        from calibration.table import table_sha256
+
+        calibration = CalibrationSummary(
+            method=made.table.method,
+            n_samples=made.table.n_samples,
+            table_sha256=table_sha256(made.table),
+            statistics_sha256=made.table.statistics_sha256,
+            dataset_sha256=calibration_data.sha256,
+            dataset_name=calibration_data.name,
+        )
+    return Manifest(
+        name=model.name,
+        created_utc=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        edgefold_version=installed_version("edgefold"),
+        tools=tool_versions(),
+        target=request.target,
+        precision=request.precision,
+        model=ModelSource(
+            spec=request.model,
+            weights=model.weights,
+            weights_sha256=model.weights_sha256,
+            num_classes=model.num_classes,
+            input_size=request.input_size,
+            weights_option=request.weights,
+        ),
+        inputs=final.inputs,
+        outputs=final.outputs,
+        preprocess=model.preprocess,
+        preprocess_folded=final.preprocess_folded,
+        input_color=final.input_color,
+        labels=final.labels,
+        calibration=calibration,
+        accuracy=accuracy_summary(evaluation, made.validation),
+        stages=final.history,
+        engine=made.engine,
+        deployment=made.deployment,
+    )
+
+
+def accuracy_summary(
+    evaluation: Dataset | None, validation: ValidationResult | None
+) -> AccuracySummary | None:
+    """The figures of a judgement that the manifest keeps; ``None`` where nothing was judged."""
+    if evaluation is None or validation is None:
+        return None
+    total = validation.total
+    return AccuracySummary(
+        dataset_name=evaluation.name,
+        dataset_sha256=evaluation.sha256,
+        n_images=validation.n_images,
+        fp32_top1=validation.stages[0].top1,
+        int8_top1=validation.stages[-1].top1,
+        drop_points=total.drop_points,
+        drop_low=total.interval_points.low,
+        drop_high=total.interval_points.high,
+        agreement=total.agreement,
+        sqnr_db=total.sqnr_db,
+    )
+
+
+def tool_versions() -> dict[str, str]:
+    """Name to version of everything installed that takes part in a build."""
+    versions = {"python": platform.python_version()}
+    for name in _TOOLS:
+        try:
+            versions[name] = installed_version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

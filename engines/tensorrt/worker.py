@@ -1,0 +1,112 @@
+"""The process that builds and probes: TensorRT may crash it, and only it.
+
+Reads one job from standard input and answers with events, a JSON object a line, on what was its
+standard output; TensorRT's own prints go to standard error. Standard input stays open as long as the
+parent lives: when it closes, the worker removes what it was writing and ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from engines.model_file import read_model_bytes
+from engines.tensorrt.api import load_api
+from engines.tensorrt.jobs import BuildJob, Job, ProbeJob, job_from_json
+from engines.tensorrt.network import BuildMemoryError, compile_network, make_logger
+from pipeline.errors import EdgefoldError, EngineError, IntegrityError
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Do one job."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    events = _Events()
+    job = job_from_json(sys.stdin.buffer.readline())
+    threading.Thread(target=_end_with_parent, args=(job,), daemon=True).start()
+    try:
+        result = _build(job, events) if isinstance(job, BuildJob) else _probe(job)
+    except EdgefoldError as error:
+        events.failed(error)
+    except MemoryError:
+        events.failed(BuildMemoryError("this process ran out of memory"))
+    except OSError as error:
+        events.failed(EngineError(f"writing the plan failed: {error.strerror or error}"))
+    else:
+        events.send(event="done", **result)
+
+
+class _Events:
+    """The way to the parent, apart from what libraries print."""
+
+    def __init__(self) -> None:
+        self._stream = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", line_buffering=True)
+        os.dup2(2, 1)
+        self._lock = threading.Lock()  # TensorRT reports progress from threads of its own
+
+    def send(self, **event: Any) -> None:
+        with self._lock:
+            self._stream.write(json.dumps(event) + "\n")
+
+    def progress(self, done: int, total: int) -> None:
+        self.send(event="progress", done=done, total=total)
+
+    def failed(self, error: EdgefoldError) -> None:
+        memory = isinstance(error, BuildMemoryError)
+        kind = "EngineError" if memory else type(error).__name__
+        self.send(event="failed", error=kind, message=str(error), out_of_memory=memory)
+
+
+def _end_with_parent(job: Job) -> None:
+    sys.stdin.buffer.read()  # returns when the other end is closed: killed, too
+    if isinstance(job, BuildJob):
+        job.plan_path.unlink(missing_ok=True)
+    os._exit(1)
+
+
+def _build(job: BuildJob, events: _Events) -> dict[str, Any]:
+    api = load_api(job.flavour)
+    data = read_model_bytes(job.model_path, job.model_sha256)
+    compiled = compile_network(api, data, job.options, job.timing_cache, events.progress)
+    with job.plan_path.open("wb") as file:
+        file.write(memoryview(compiled.plan))
+        file.flush()
+        os.fsync(file.fileno())
+    return {
+        "strongly_typed": compiled.strongly_typed,
+        "has_profiles": bool(compiled.profiles),
+        "notes": compiled.notes,
+        "timing_cache_written": compiled.timing_cache_written,
+        "kernel_log": compiled.kernel_log,
+    }
+
+
+def _probe(job: ProbeJob) -> dict[str, Any]:
+    api = load_api(job.flavour)
+    plan = _read_plan(job.plan_path, job.plan_sha256)
+    logger, log = make_logger(api)
+    runtime = api.module.Runtime(logger)
+    engine = runtime.deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineError(
+            f"{api.title} cannot load the plan: {' '.join(log.errors)[:1200] or 'no reason given'}"
+        )
+    inspector = engine.create_engine_inspector()
+    information = inspector.get_engine_information(api.module.LayerInformationFormat.JSON)
+    return {"inspector": information or None}
+
+
+def _read_plan(path: Path, sha256: str) -> bytes:
+    plan = path.read_bytes()
+    found = hashlib.sha256(plan).hexdigest()
+    if found != sha256:
+        raise IntegrityError(f"plan {path} has SHA-256 {found}, but {sha256} is expected; it was not loaded")
+    return plan
