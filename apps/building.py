@@ -184,7 +184,7 @@ def _with_labels(model: ResolvedModel, evaluation: Dataset | None) -> ResolvedMo
 
 
 def _open_calibration(request: BuildRequest) -> Dataset | None:
-    if request.calib is None or request.precision == "fp32":
+    if request.calib is None or request.precision != "int8":
         return None
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, open_dataset, require_minimum
 

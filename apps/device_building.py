@@ -147,6 +147,7 @@ def _judge_all(
                 precision=candidate.precision,
                 num_classes=material.model.num_classes,
             )
+            subject = dataclasses.replace(subject, emulates=material.request.target)
             reference = (
                 Reference(material.model)
                 if index == 0
