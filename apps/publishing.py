@@ -28,6 +28,7 @@ from pipeline.manifest import (
 )
 
 if TYPE_CHECKING:
+    from engines.tensorrt.audit import AuditReport
     from pipeline.models.resolve import ResolvedModel
     from pipeline.validation_result import ValidationResult
 
@@ -124,6 +125,7 @@ class Made:
     validation: ValidationResult | None
     engine: EngineRecord | None
     deployment: Deployment | None = None
+    audit: AuditReport | None = None
 
 
 def write_report(
@@ -144,6 +146,7 @@ def write_report(
         max_drop_points=request.max_drop_points,
         manifest=manifest,
         calibration=made.table,
+        audit=made.audit,
         commands=(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),),
     )
 

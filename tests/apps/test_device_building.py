@@ -91,6 +91,10 @@ class TestOnTheHost:
             assert candidate.accuracy.int8_top1 == 1.0
         assert {"model.onnx", "calibration.json", "report.html", AUDIT_NAME} <= set(manifest.files)
         assert report_from_json(for_jetson.read_bytes(AUDIT_NAME)).source == "predicted"
+        page = for_jetson.read_bytes("report.html").decode()
+        section = page[page.index('<section id="device">') :]
+        assert all(f">{name}<" in section for name in names)
+        assert "predicted from the graph" in section
 
     def test_for_a_dla_it_carries_the_cache_and_the_report(self, workplace: Path) -> None:
         bundle = built(workplace, "dla", target="jetson-orin-nx", jetpack="6.2", dla=True, eval_data=None)
