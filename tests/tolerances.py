@@ -33,3 +33,6 @@ logit: two float32 libraries over ten layers differ by 1e-6 to 1e-5."""
 CALIBRATED_INT8_SQNR_DB = 37.0
 """Logits of the tiny calibrated model, int8 against fp32, in dB of what tells images apart. The four methods reach
 39.3 to 39.7 (OpenVINO, VNNI or better); one range of four ten times too wide leaves 35.5 at most."""
+
+SAME_SUMS_ATOL = 1e-4
+"""Float32 sums of up to a hundred products of size one, taken in another order."""
