@@ -36,3 +36,9 @@ CALIBRATED_INT8_SQNR_DB = 37.0
 
 SAME_SUMS_ATOL = 1e-4
 """Float32 sums of up to a hundred products of size one, taken in another order."""
+
+ADAPTIVE_GAIN_DB = 1.0
+"""What the default corrections gain on the logits of the tiny network, on other images."""
+
+EQUALIZATION_GAIN_DB = 1.0
+"""The same for equalization alone, of a network whose channels differ by a factor of ten."""

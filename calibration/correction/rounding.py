@@ -39,6 +39,7 @@ _BLOCK = 64
 """Columns updated by themselves before the rest follows in one product: what fits into a core's cache."""
 _MAX_SWEEPS = 8
 _LIMIT = 127.0
+_ON_GRID = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +114,10 @@ def round_adaptively(weights: Array, scale: Array, seen: Moments, ridge: float) 
     h[:, diagonal, diagonal] += pull[:, order]
     b = seen.cross_covariance[:, order] + pull[:, order, None] * target
     step = scale[:, None, :]
-    low = np.maximum(np.floor(target / step), -_LIMIT)
-    high = np.minimum(np.ceil(target / step), _LIMIT)
+    real = target / step
+    # Scales are float32: the largest weight of a channel is 127 steps but for 1e-7, and must stay so.
+    real = np.where(np.abs(real - np.rint(real)) < _ON_GRID, np.rint(real), real)
+    low, high = np.maximum(np.floor(real), -_LIMIT), np.minimum(np.ceil(real), _LIMIT)
     q = _round_in_turn(h, b, step[:, 0], low, high)
     _descend(q, h, b, step[:, 0], low, high)
     result = np.empty_like(q)

@@ -103,6 +103,6 @@ def test_inputs_that_never_vary_leave_their_weights_at_the_nearest():
 def test_the_largest_weight_stays_at_the_end_of_the_grid():
     """So that quantizing the rounded weights again finds the same scale."""
     w, _, samples = problem(2, 5, 40, 800)
-    scale = np.abs(w).max(axis=2) / 127
+    scale = (np.abs(w).max(axis=2) / 127).astype(np.float32).astype(np.float64)
     steps, _ = solved(w, scale, samples, ridge=0.1)
     assert (np.abs(steps).max(axis=2) == 127).all()
