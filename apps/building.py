@@ -170,12 +170,17 @@ def _open_calibration(request: BuildRequest) -> Dataset | None:
 
 def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) -> Calibration:
     from apps.cache import cache_dir
+    from calibration.correction import parse_corrections
     from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
-        request.calibrator, placement="cpu", runner_factory=fp32_runner, cache_dir=cache_dir("calibration")
+        request.calibrator,
+        placement="cpu",
+        runner_factory=fp32_runner,
+        cache_dir=cache_dir("calibration"),
+        corrections=parse_corrections(request.corrections),
     )
     passes = batches(
         dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES

@@ -6,6 +6,7 @@ from calibration.correction.records import (
     DEFAULT_CORRECTIONS,
     CorrectionRecord,
     checked_corrections,
+    parse_corrections,
 )
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "CorrectionRecord",
     "Corrector",
     "checked_corrections",
+    "parse_corrections",
     "placed_graph",
 ]

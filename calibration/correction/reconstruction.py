@@ -34,7 +34,14 @@ from calibration.correction.layerwise import LayerwiseRun
 from calibration.correction.linear import LinearLayer, Samples, linear_layer
 from calibration.correction.ranges import search_activation_range, search_weight_scale
 from calibration.correction.records import CorrectionRecord
-from calibration.correction.rounding import best_bias, moments, round_adaptively
+from calibration.correction.rounding import (
+    Moments,
+    at_the_ends,
+    best_bias,
+    best_weights,
+    moments,
+    round_adaptively,
+)
 from calibration.placement import ActivationPoint, Placement, WeightPoint
 from calibration.qdq import activation_params, insert_qdq, weight_params
 from calibration.qparams import dequantize, min_weight_scale, quantize
@@ -44,7 +51,9 @@ from pipeline.metrics import sqnr_db
 
 __all__ = ["Reconstruction", "reconstruct"]
 
-RIDGE = 0.1
+RIDGES = (3.0, 0.3, 0.03)
+"""Tried for every layer: how far a layer may go in making up for the noise of those before it depends on how
+many samples there are for how many weights. Not going at all is tried as well."""
 MAX_SUMS = 4608
 """Rounding solves a dense system of this size at most: 512 channels of a 3×3 kernel, 170 MB."""
 _HELD_EVERY = 5
@@ -206,9 +215,22 @@ class _Run:
             )
             self.skipped.append((name, reason))
             return
-        steps = round_adaptively(layer.weights, layer.scale, seen, RIDGE)
+        weights = self._best_weights(layer, seen, frees_bias)
+        ends = at_the_ends(layer.weights, layer.scale)
+        steps = round_adaptively(weights, layer.scale, seen, ends)
         bias = best_bias(steps * layer.scale[:, :, None], seen) if frees_bias else layer.bias
         self._keep_if_better(name, "adaround", layer, layer.scale, steps, bias)
+
+    def _best_weights(self, layer: _Layer, seen: Moments, frees_bias: bool) -> NDArray[np.float64]:
+        """Real-valued weights to round, with the ridge that serves the images apart best."""
+        candidates = [layer.weights, *(best_weights(layer.weights, seen, ridge) for ridge in RIDGES)]
+        whole = np.ones(layer.scale.shape)
+
+        def judged(weights: NDArray[np.float64]) -> float:
+            bias = best_bias(weights, seen) if frees_bias else layer.bias
+            return layer.held_sqnr_db(whole, weights, bias)
+
+        return max(candidates, key=judged)
 
     def _keep_if_better(
         self,

@@ -8,7 +8,14 @@ from typing import Any
 
 from pipeline.errors import UsageError
 
-__all__ = ["CORRECTIONS", "DEFAULT_CORRECTIONS", "CorrectionRecord", "checked_corrections", "summary"]
+__all__ = [
+    "CORRECTIONS",
+    "DEFAULT_CORRECTIONS",
+    "CorrectionRecord",
+    "checked_corrections",
+    "parse_corrections",
+    "summary",
+]
 
 CORRECTIONS = ("equalize", "ranges", "bias", "adaround")
 """In the order in which they are made."""
@@ -38,10 +45,25 @@ def checked_corrections(names: Collection[str]) -> frozenset[str]:
     """
     unknown = sorted(set(names) - set(CORRECTIONS))
     if unknown:
-        raise UsageError(
-            f"no correction {unknown[0]!r}; choose from {', '.join(CORRECTIONS)}, or none of them"
-        )
+        raise UsageError(f"no correction {unknown[0]!r}; choose from {', '.join(CORRECTIONS)}, or none")
     return frozenset(names)
+
+
+def parse_corrections(text: str | None) -> tuple[str, ...]:
+    """``a,b`` to names, ``none`` to no name, ``None`` to `DEFAULT_CORRECTIONS`.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    if text is None:
+        return DEFAULT_CORRECTIONS
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["none"]:
+        return ()
+    if not names:
+        raise UsageError(f"no correction is named; choose from {', '.join(CORRECTIONS)}, or none")
+    wanted = checked_corrections(names)
+    return tuple(name for name in CORRECTIONS if name in wanted)
 
 
 def summary(records: Sequence[CorrectionRecord]) -> list[list[Any]]:

@@ -12,14 +12,15 @@ a quadratic in integers, ``w = scale * q``. AdaRound relaxes it and descends by 
 the samples. Here ``H`` and ``B`` are summed over all samples once, after which the samples are no longer
 needed, and the problem is solved in the integers themselves:
 
-1. *Rounding one after another, the rest making up for it*: the real-valued optimum is rounded weight by weight;
-   the error made so far moves the weights not yet rounded to where the quadratic is smallest again (one
-   column of the Cholesky factor of ``H^-1`` each, as in Frantar et al., "GPTQ", arXiv 2210.17323, eq. 3 and 5).
-2. *Descent*: each weight in turn moves to its best allowed integer with all others fixed, until nothing moves.
+1. *The real-valued optimum.* ``x`` is the input as the quantized layers before leave it, ``y`` the output of the
+   fp32 model (AdaRound's asymmetric reconstruction): the best weights make up for part of the noise that
+   reaches the layer. `best_weights` solves for them, held near the original ones by a ridge.
+2. *Rounding one after another, the rest making up for it*: the error made so far moves the weights not yet
+   rounded to where the quadratic is smallest again (one column of the Cholesky factor of ``H^-1`` each, as in
+   Frantar et al., "GPTQ", arXiv 2210.17323, eq. 3 and 5).
+3. *Descent*: each weight in turn moves to its best allowed integer with all others fixed, until nothing moves.
 
-As in AdaRound, a weight may only become the integer below it or the one above. ``x`` is the input as the
-quantized layers before leave it and ``y`` the output of the fp32 model (AdaRound's asymmetric
-reconstruction), so a layer also makes up for part of the noise that reaches it.
+As in AdaRound, a weight may only become the integer below it or the one above.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 
 from calibration.correction.linear import Samples
 
-__all__ = ["Moments", "best_bias", "moments", "round_adaptively"]
+__all__ = ["Moments", "at_the_ends", "best_bias", "best_weights", "moments", "round_adaptively"]
 
 Array = NDArray[np.float64]
 
@@ -39,7 +40,8 @@ _BLOCK = 64
 """Columns updated by themselves before the rest follows in one product: what fits into a core's cache."""
 _MAX_SWEEPS = 8
 _LIMIT = 127.0
-_ON_GRID = 1e-4
+_ROUNDING_RIDGE = 0.03
+"""In `round_adaptively`, where it only weighs the errors of weights against one another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,49 +93,83 @@ def moments(samples: Samples, fixed_bias: Array | None = None, second: bool = Tr
     )
 
 
-def round_adaptively(weights: Array, scale: Array, seen: Moments, ridge: float) -> Array:
-    """The integers that keep the layer's output closest to what it should be.
+def best_weights(weights: Array, seen: Moments, ridge: float) -> Array:
+    """The real-valued weights that serve the quantized input best, near `weights`.
+
+    ``W + (H + R)^-1 (B - H W)``: where the input lost something that other inputs can still tell, they do.
 
     Args:
-        weights: ``[G, O, K]``, real.
+        weights: ``[G, O, K]``, of the fp32 model.
+        seen: of the layer's samples.
+        ridge: how much a weight resists, in units of its input's own variance. What the samples say of the
+            noise that reaches the layer is soon an accident of theirs: ``K`` numbers are fitted to each output.
+    """
+    h, b = seen.input_covariance, seen.cross_covariance
+    original = weights.transpose(0, 2, 1)
+    moved = np.linalg.solve(_ridged(h, ridge), b - h @ original)
+    return (original + moved).transpose(0, 2, 1)
+
+
+def round_adaptively(weights: Array, scale: Array, seen: Moments, ends: NDArray[np.bool_]) -> Array:
+    """The integers whose layer output is closest to that of real-valued weights.
+
+    Args:
+        weights: ``[G, O, K]``, real: `best_weights`, or the fp32 model's.
         scale: ``[G, O]``, the step of each output channel.
         seen: of the layer's samples.
-        ridge: how much a weight resists leaving its real value, in units of its input's own variance. Samples
-            are few and alike; without it the solution fits their accidents.
+        ends: ``[G, O, K]``, weights that are to stay at the end of the grid.
 
     Returns:
         ``[G, O, K]`` integers as float64, each next to ``weights / scale`` and within ±127.
     """
-    variance = np.diagonal(seen.input_covariance, axis1=1, axis2=2)
-    # The tiny second term keeps inputs that never vary (dead channels) solvable: they stay where they are.
-    pull = ridge * variance + 1e-9 * variance.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
-    order = np.argsort(-variance.sum(axis=0), kind="stable")
+    h = _ridged(seen.input_covariance, _ROUNDING_RIDGE)
+    order = np.argsort(-np.diagonal(h, axis1=1, axis2=2).sum(axis=0), kind="stable")
+    h = h[:, order][:, :, order]
     target = weights.transpose(0, 2, 1)[:, order]
-    h = seen.input_covariance[:, order][:, :, order].copy()
-    diagonal = np.arange(h.shape[1])
-    h[:, diagonal, diagonal] += pull[:, order]
-    b = seen.cross_covariance[:, order] + pull[:, order, None] * target
-    step = scale[:, None, :]
-    real = target / step
-    # Scales are float32: the largest weight of a channel is 127 steps but for 1e-7, and must stay so.
-    real = np.where(np.abs(real - np.rint(real)) < _ON_GRID, np.rint(real), real)
-    low, high = np.maximum(np.floor(real), -_LIMIT), np.minimum(np.ceil(real), _LIMIT)
-    q = _round_in_turn(h, b, step[:, 0], low, high)
-    _descend(q, h, b, step[:, 0], low, high)
+    real = target / scale[:, None, :]
+    low, high = np.clip(np.floor(real), -_LIMIT, _LIMIT), np.clip(np.ceil(real), -_LIMIT, _LIMIT)
+    fixed = ends.transpose(0, 2, 1)[:, order]
+    end = np.where(real < 0.0, -_LIMIT, _LIMIT)
+    low, high = np.where(fixed, end, low), np.where(fixed, end, high)
+    b = h @ target
+    q = _round_in_turn(h, target, scale, low, high)
+    _descend(q, h, b, scale, low, high)
     result = np.empty_like(q)
     result[:, order] = q
     return result.transpose(0, 2, 1)
 
 
-def _round_in_turn(h: Array, b: Array, step: Array, low: Array, high: Array) -> Array:
-    """Step 1 of the module's docstring; ``[G, K, O]``."""
-    remaining = np.linalg.solve(h, b)
+def at_the_ends(weights: Array, scale: Array) -> NDArray[np.bool_]:
+    """Which weights lie at or beyond the ends of their channel's grid.
+
+    Scales are float32: the largest weight of a channel is 127 steps but for 1e-7.
+    """
+    return np.abs(weights) > (_LIMIT - 1e-4) * scale[:, :, None]
+
+
+def _ridged(h: Array, ridge: float) -> Array:
+    """``H`` with its diagonal raised.
+
+    The tiny second term keeps inputs that never vary (dead channels) solvable: they stay where they are.
+    """
+    variance = np.diagonal(h, axis1=1, axis2=2)
+    result = h.copy()
+    diagonal = np.arange(h.shape[1])
+    result[:, diagonal, diagonal] += (
+        ridge * variance + 1e-9 * variance.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
+    )
+    return result
+
+
+def _round_in_turn(h: Array, target: Array, step: Array, low: Array, high: Array) -> Array:
+    """Step 2 of the module's docstring; ``[G, K, O]``."""
+    remaining = target.copy()
     factor = np.linalg.cholesky(np.linalg.inv(h)).transpose(0, 2, 1)
     q = np.empty_like(remaining)
     n = h.shape[1]
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
-        errors = np.empty((len(h), end - start, b.shape[2]))
+        errors = np.empty((len(h), end - start, target.shape[2]))
         for k in range(start, end):
             q[:, k] = np.clip(np.rint(remaining[:, k] / step), low[:, k], high[:, k])
             error = (remaining[:, k] - q[:, k] * step) / factor[:, k, k, None]
@@ -144,7 +180,7 @@ def _round_in_turn(h: Array, b: Array, step: Array, low: Array, high: Array) -> 
 
 
 def _descend(q: Array, h: Array, b: Array, step: Array, low: Array, high: Array) -> None:
-    """Step 2, in place. ``gradient = H w - B``; moving ``w_k`` by ``d`` adds ``d H_k`` to it."""
+    """Step 3, in place. ``gradient = H w - B``; moving ``w_k`` by ``d`` adds ``d H_k`` to it."""
     gradient = h @ (q * step[:, None]) - b
     n = h.shape[1]
     for _ in range(_MAX_SWEEPS):

@@ -13,7 +13,7 @@ import pytest
 from onnx_text import onnx_model, weight
 from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB
 
-from calibration.correction import CORRECTIONS, DEFAULT_CORRECTIONS
+from calibration.correction import CORRECTIONS, DEFAULT_CORRECTIONS, parse_corrections
 from calibration.correction import reconstruction as reconstruction_module
 from calibration.correction.correcting import take_images
 from calibration.quantizer import StaticQuantizer, apply_table
@@ -138,7 +138,7 @@ def test_none_at_all_is_plain_rounding(model, tmp_path):
 def test_a_correction_that_does_harm_is_undone(model, tmp_path, monkeypatch):
     plain, _, _ = run(model, tmp_path / "plain.onnx", ())
     monkeypatch.setattr(
-        reconstruction_module, "round_adaptively", lambda weights, *_: np.full(weights.shape, 3.0)
+        reconstruction_module, "round_adaptively", lambda weights, *_: np.full(weights.shape, 100.0)
     )
     undone, _, record = run(model, tmp_path / "undone.onnx", ("adaround",))
     assert {entry[4] for entry in record.checks["corrected_layers"]} == {"undone"}
@@ -201,8 +201,27 @@ def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
 
 
 def test_an_unknown_correction_is_refused_with_the_known_ones():
-    with pytest.raises(UsageError, match="no correction 'smooth'.*equalize, ranges, bias, adaround"):
+    with pytest.raises(UsageError, match=r"no correction 'smooth'.*equalize, ranges, bias, adaround"):
         StaticQuantizer(runner_factory=fp32_runner, corrections=("bias", "smooth"))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (None, DEFAULT_CORRECTIONS),
+        ("none", ()),
+        ("bias", ("bias",)),
+        ("adaround, equalize", ("equalize", "adaround")),
+    ],
+)
+def test_names_from_the_command_line(text, names):
+    assert parse_corrections(text) == names
+
+
+@pytest.mark.parametrize("text", ["", " , ", "bias,none", "gptq"])
+def test_what_names_no_correction_is_refused(text):
+    with pytest.raises(UsageError, match="equalize, ranges, bias, adaround, or none"):
+        parse_corrections(text)
 
 
 def numbered(sizes):

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from calibration.correction.linear import Samples
-from calibration.correction.rounding import best_bias, moments, round_adaptively
+from calibration.correction.rounding import (
+    at_the_ends,
+    best_bias,
+    best_weights,
+    moments,
+    round_adaptively,
+)
 
 
 def problem(groups, outputs, sums, positions, seed=0, noise=0.0):
@@ -27,9 +33,13 @@ def error(samples, weights, bias):
     return float(np.mean((output - samples.outputs) ** 2))
 
 
-def solved(w, scale, samples, ridge=0.0):
+def rounded(w, scale, seen, ridge):
+    return round_adaptively(best_weights(w, seen, ridge), scale, seen, at_the_ends(w, scale))
+
+
+def solved(w, scale, samples, ridge=1e-6):
     seen = moments(samples)
-    steps = round_adaptively(w, scale, seen, ridge)
+    steps = rounded(w, scale, seen, ridge)
     weights = steps * scale[:, :, None]
     return steps, error(samples, weights, best_bias(weights, seen))
 
@@ -60,7 +70,8 @@ def test_better_than_nearest_and_next_to_the_real_weight(groups, outputs, sums):
     nearest = np.rint(w / scale[:, :, None]) * scale[:, :, None]
     assert found < 0.9 * error(samples, nearest, best_bias(nearest, moments(samples)))
     assert np.array_equal(steps, np.rint(steps))
-    assert (np.abs(steps - w / scale[:, :, None]) < 1.0 + 1e-9).all()
+    target = best_weights(w, moments(samples), 0.01)
+    assert (np.abs(steps - target / scale[:, :, None]) < 1.0 + 1e-9).all()
 
 
 def test_makes_up_for_noise_in_its_input():
@@ -72,13 +83,11 @@ def test_makes_up_for_noise_in_its_input():
 
 
 def test_the_ridge_keeps_weights_near_where_samples_are_few():
-    w, _, samples = problem(1, 3, 60, 20)
-    scale = np.abs(w).max(axis=2) / 7
-    free, _ = solved(w, scale, samples, ridge=1e-6)
-    held, _ = solved(w, scale, samples, ridge=1e3)
-    real = w / scale[:, :, None]
-    assert np.abs(held - real).max() <= 0.5 + 1e-6, "a strong ridge is rounding to nearest"
-    assert np.abs(free - real).max() > 0.6
+    w, _, samples = problem(1, 3, 60, 20, noise=1.0)
+    seen = moments(samples)
+    moved = [np.abs(best_weights(w, seen, ridge) - w).max() for ridge in (1e-6, 1.0, 1e3)]
+    assert moved[0] > 2 * moved[1] > 100 * moved[2]
+    assert moved[2] < 1e-2
 
 
 def test_a_fixed_bias_is_respected():
@@ -87,8 +96,8 @@ def test_a_fixed_bias_is_respected():
     samples.inputs[:, :, 0] = 1.0
     wrong = b + 2.0
     scale = np.full(w.shape[:2], 0.25)
-    fixed = round_adaptively(w, scale, moments(samples, wrong), 1e-6)
-    free = round_adaptively(w, scale, moments(samples), 1e-6)
+    fixed = rounded(w, scale, moments(samples, wrong), 1e-6)
+    free = rounded(w, scale, moments(samples), 1e-6)
     assert error(samples, fixed * 0.25, wrong) < error(samples, free * 0.25, wrong)
 
 
