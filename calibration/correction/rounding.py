@@ -3,7 +3,7 @@
 Rounding each weight to the nearest integer makes the error of each weight smallest, not that of their sum.
 Which way each weight should go depends on all the others of its output channel through what they are
 multiplied with (Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization", arXiv
-2004.10568, eq. 13 to 15): with samples ``x`` of the layer's input and ``y`` of the output it should have, the
+2004.10568, section 3.2): with samples ``x`` of the layer's input and ``y`` of the output it should have, the
 error of an output channel with weights ``w`` and the best bias is
 
     E[(y - w x - b)^2] = const - 2 w B + w H w',    H = cov(x, x),   B = cov(x, y)
@@ -17,7 +17,7 @@ needed, and the problem is solved in the integers themselves:
    reaches the layer. `best_weights` solves for them, held near the original ones by a ridge.
 2. *Rounding one after another, the rest making up for it*: the error made so far moves the weights not yet
    rounded to where the quadratic is smallest again (one column of the Cholesky factor of ``H^-1`` each, as in
-   Frantar et al., "GPTQ", arXiv 2210.17323, eq. 3 and 5).
+   Frantar et al., "GPTQ", arXiv 2210.17323, section 3).
 3. *Descent*: each weight in turn moves to its best allowed integer with all others fixed, until nothing moves.
 
 As in AdaRound, a weight may only become the integer below it or the one above.
