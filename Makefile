@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow check format docs clean
+.PHONY: help demo test test-slow test-finish tensorrt-matrix check format docs clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("edgefold needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[build,opencv,onnxruntime,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[build,opencv,onnxruntime,tensorrt-rtx,dev]'
 	touch $@
 
 demo: $(INSTALLED)
@@ -25,6 +25,14 @@ test: $(INSTALLED)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow"
+
+# A bundle for a GPU finished by the run-time install alone.
+test-finish: $(INSTALLED)
+	.ci/finish-without-torch
+
+# Every network, precision and compute capability through TensorRT-RTX's parser and compiler: half an hour, no GPU.
+tensorrt-matrix: $(INSTALLED)
+	$(BIN)/python benchmarks/tensorrt_matrix.py
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

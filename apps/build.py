@@ -62,7 +62,25 @@ def build_command(
             show_default=False,
         ),
     ] = None,
-    target: Annotated[str, typer.Option(help="What it is for; see docs/engines.md.")] = "cpu",
+    target: Annotated[str, typer.Option(help="What it is for: a name of `edgefold targets`.")] = "cpu",
+    jetpack: Annotated[
+        str | None,
+        typer.Option(
+            help="JetPack on the target, 6.2 for example: checked before any work.", show_default=False
+        ),
+    ] = None,
+    tensorrt: Annotated[
+        str | None,
+        typer.Option(
+            help="TensorRT on the target, where it is no Jetson, 10.13 for example.", show_default=False
+        ),
+    ] = None,
+    dla: Annotated[
+        bool,
+        typer.Option(
+            "--dla", help="Also the calibration cache for the target's DLA, and what would not run on it."
+        ),
+    ] = False,
     precision: Annotated[_Precision, typer.Option(help="Of the engine.")] = _Precision.int8,
     calibrator: Annotated[_Calibrator, typer.Option(help="How ranges are chosen.")] = _Calibrator.percentile,
     corrections: Annotated[
@@ -90,7 +108,12 @@ def build_command(
     preprocess: Annotated[
         Path | None, typer.Option(help="PreprocessSpec as JSON, instead of the model's.", show_default=False)
     ] = None,
-    engine: Annotated[str, typer.Option(help="What runs it: openvino or onnxruntime.")] = "openvino",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs it on a CPU: openvino (if not given) or onnxruntime.", show_default=False
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the bundle that is at --out.")] = True,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -107,6 +130,9 @@ def build_command(
         eval_data=evaluate,
         max_drop_points=max_drop,
         target=target,
+        jetpack=jetpack,
+        tensorrt=tensorrt,
+        dla=dla,
         precision=precision.value,
         calibrator=calibrator.value,
         corrections=corrections,

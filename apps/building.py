@@ -14,19 +14,22 @@ from apps.publishing import BuildOutcome, BuildRequest, Made, make_manifest, wri
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import BundleWriter
 from pipeline.compile import Calibration, Compiled, compile_model
-from pipeline.contracts import Dataset, EngineBackend, Progress
-from pipeline.errors import DataError, UnsupportedError, UsageError
+from pipeline.contracts import Batches, Dataset, EngineBackend, Progress
+from pipeline.errors import DataError, UsageError
 from pipeline.manifest import EngineRecord
 
 if TYPE_CHECKING:
+    from calibration.quantizer import StaticQuantizer
     from pipeline.models.resolve import ResolvedModel
+    from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
-__all__ = ["INPUT_COLOR", "Material", "build"]
+__all__ = ["INPUT_COLOR", "Material", "build", "open_quantizer"]
 
 INPUT_COLOR: Literal["BGR"] = "BGR"
 """What OpenCV and V4L2 deliver: the frames of a stream need no reordering."""
 _CALIBRATION_BATCH = 1
+_CPU_ENGINE = "openvino"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
         AccuracyGateError: the drop is past ``max_drop_points``; nothing was published.
         EdgefoldError: the stage that failed; nothing was published.
     """
-    _check(request)
+    preflight = _check(request)
     with ExitStack() as stack:
         # Opened first: an output that cannot be written is found before any work is done.
         writer = stack.enter_context(BundleWriter(request.out, overwrite=request.overwrite))
@@ -63,7 +66,12 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
         evaluation = _open_evaluation(request, model)
         model = _with_labels(model, evaluation)
         material = Material(request, model, _open_calibration(request), evaluation, work_dir, writer.path)
-        made = _make_for_cpu(material, progress)
+        if preflight.target.family == "cpu":
+            made = _make_for_cpu(material, progress)
+        else:
+            from apps.device_building import make_for_device
+
+            made = make_for_device(material, preflight, progress)
         if material.calibration_data is not None:
             _report_skipped(material.calibration_data)
         if made.table is not None:
@@ -80,10 +88,11 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     from engines import get_backend
 
     request = material.request
-    backend = get_backend(request.engine or "openvino")
-    calibration = None
-    if material.calibration_data is not None:
-        calibration = _calibration(request, material.model, material.calibration_data)
+    backend = get_backend(request.engine or _CPU_ENGINE)
+    calibration, data = None, material.calibration_data
+    if data is not None:
+        quantizer, passes = open_quantizer(request, material.model, data, placement="cpu")
+        calibration = Calibration(quantizer, passes, data.sha256)
     compiled = compile_model(
         material.model,
         work_dir=material.work_dir,
@@ -96,23 +105,39 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     )
     validation = None
     if material.evaluation is not None:
-        validation = _judge(request, material.model, compiled, material.evaluation, backend, progress)
+        validation = _judge(request, material.model, compiled, material.evaluation, data, backend, progress)
     engine = EngineRecord(compiled.engine.backend, compiled.engine.path.name, compiled.engine.fingerprint)
     return Made(compiled.final, compiled.table, validation, engine)
 
 
-def _check(request: BuildRequest) -> None:
-    if request.target != "cpu":
-        raise UnsupportedError(f"target {request.target!r} is not supported; this version builds for 'cpu'")
-    if request.precision == "fp16":
-        raise UnsupportedError("fp16 is no precision of the 'cpu' target; give --precision int8 or fp32")
+def _check(request: BuildRequest) -> Preflight:
+    from pipeline.targets import find_target, preflight
+
+    checked = preflight(
+        find_target(request.target),
+        precision=request.precision,
+        jetpack=request.jetpack,
+        tensorrt=request.tensorrt,
+        dla=request.dla,
+    )
+    if checked.target.family == "cpu":
+        from engines import get_backend
+
+        get_backend(request.engine or _CPU_ENGINE)
+    elif request.engine is not None:
+        raise UsageError(
+            f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
+        )
     if request.precision == "int8" and request.calib is None:
         raise UsageError(
             "int8 needs images to calibrate on: give --calib DATA (about 128 images like those of the camera), "
             "or --precision fp32"
         )
+    if request.dla and request.precision != "int8":
+        raise UsageError(f"--dla writes an int8 calibration cache; --precision {request.precision} has none")
     if request.max_drop_points is not None and request.eval_data is None:
         raise UsageError("--max-drop needs labelled images to measure the drop on: give --eval DATA")
+    return checked
 
 
 def _resolve(request: BuildRequest) -> ResolvedModel:
@@ -168,7 +193,10 @@ def _open_calibration(request: BuildRequest) -> Dataset | None:
     return dataset
 
 
-def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) -> Calibration:
+def open_quantizer(
+    request: BuildRequest, model: ResolvedModel, dataset: Dataset, placement: str
+) -> tuple[StaticQuantizer, Batches]:
+    """The quantizer that the request names, and the passes over its images."""
     from apps.cache import cache_dir
     from calibration.correction import parse_corrections
     from calibration.quantizer import StaticQuantizer
@@ -177,7 +205,7 @@ def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) 
 
     quantizer = StaticQuantizer(
         request.calibrator,
-        placement="cpu",
+        placement,
         runner_factory=fp32_runner,
         cache_dir=cache_dir("calibration"),
         corrections=parse_corrections(request.corrections),
@@ -185,7 +213,7 @@ def _calibration(request: BuildRequest, model: ResolvedModel, dataset: Dataset) 
     passes = batches(
         dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
     )
-    return Calibration(quantizer, passes, dataset.sha256)
+    return quantizer, passes
 
 
 def _report_skipped(dataset: Dataset) -> None:
@@ -198,6 +226,7 @@ def _judge(
     model: ResolvedModel,
     compiled: Compiled,
     evaluation: Dataset,
+    calibrated_on: Dataset | None,
     backend: EngineBackend,
     progress: Progress,
 ) -> ValidationResult:
@@ -212,7 +241,9 @@ def _judge(
         precision=request.precision,
         num_classes=model.num_classes,
     )
-    result = validate_subject(subject, evaluation, backend, Reference(model), progress=progress)
+    result = validate_subject(
+        subject, evaluation, backend, Reference(model), progress=progress, calibrated_on=calibrated_on
+    )
     if request.max_drop_points is not None:
         check_budget(result, request.max_drop_points)
     return result

@@ -6,9 +6,10 @@ pays for what `edgefold build` needs.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -18,12 +19,13 @@ from apps.console import console
 from apps.demo import demo_command
 from apps.doctor import doctor_command
 from apps.estimate import estimate_command
+from apps.finish import finish_command
 from apps.inspect import inspect_command
 from apps.stream import stream_command
 from apps.targets import targets_command
 from apps.train import train_command
 from apps.validate import validate_command
-from pipeline.errors import EdgefoldError
+from pipeline.errors import DeviceFaultError, EdgefoldError
 
 __all__ = ["app", "build_engine", "main"]
 
@@ -56,6 +58,7 @@ def _root(
 app.command("build")(build_command)
 app.command("validate")(validate_command)
 app.command("stream")(stream_command)
+app.command("finish")(finish_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)
 app.command("estimate")(estimate_command)
@@ -90,9 +93,22 @@ def _escaped(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``edgefold``."""
-    sys.exit(_run(app, arguments))
+    _leave(_run(app, arguments))
 
 
 def build_engine(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``build-engine``: `edgefold build` under the name people look for."""
-    sys.exit(_run(_build_engine, arguments))
+    _leave(_run(_build_engine, arguments))
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process with `code`.
+
+    After a fault of the device at once: the libraries on a dead CUDA context fail when they are unloaded, and the
+    supervisor would see their exit code (pycuda aborts, 134) instead of this one.
+    """
+    if code == DeviceFaultError.exit_code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

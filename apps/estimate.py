@@ -121,7 +121,8 @@ def _print(model: Path, precision: str | None, result: Estimate) -> None:
         for bound in ("compute", "memory", "overhead")
     }
     limits = ", ".join(f"{bound} {share:.0%}" for bound, share in shares.items())
-    console.print(f"{len(result.layers)} kernels; time in layers limited by {limits}")
+    count = len(result.layers)
+    console.print(f"{count} kernel{'' if count == 1 else 's'}; time in layers limited by {limits}")
     table = Table(title="The slowest", title_justify="left", box=box.SIMPLE, padding=0, pad_edge=False)
     table.add_column("kernel", no_wrap=True, overflow="ellipsis")
     table.add_column("precision", no_wrap=True)

@@ -1,14 +1,15 @@
-"""``edgefold inspect``: what folding made of a model, pass by pass."""
+"""``edgefold inspect``: what folding made of a model, pass by pass, and what TensorRT makes of a graph for it."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    import onnx_ir as ir
     from rich.table import Table
 
     from pipeline.inspection import GraphSummary, Inspection
@@ -49,12 +50,30 @@ def inspect_command(
         Path | None,
         typer.Option(help="PreprocessSpec as JSON. Folds the input of a file.onnx too.", show_default=False),
     ] = None,
+    dla: Annotated[
+        bool,
+        typer.Option(
+            "--dla",
+            help="Tell what a Jetson's DLA would leave to the GPU, of a bundle or a folded file.onnx.",
+        ),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Show a model before and after folding: operators, parameters, MACs, what each pass did and why not."""
+    """Show a model before and after folding: operators, parameters, MACs, what each pass did and why not.
+
+    Of a graph for TensorRT, and of a bundle that holds one: what TensorRT fuses, in which precision, and what
+    is left to mend.
+    """
     from apps.console import print_json, progress_display
     from pipeline.inspection import inspect_bundle, inspect_onnx, inspect_resolved
 
+    folded, bound = (None, {}) if preprocess is not None else _graphs(Path(model))
+    if dla:
+        _show_dla(model, folded, json_output)
+        return
+    if bound and not Path(model).is_dir():
+        _show_audits(bound, json_output)
+        return
     with progress_display() as progress:
         if Path(model).is_dir():
             inspection = inspect_bundle(Path(model))
@@ -72,9 +91,78 @@ def inspect_command(
             )
             inspection = inspect_resolved(resolved, progress)
     if json_output:
-        print_json(json.dumps(inspection.as_json(), indent=2))
+        told = inspection.as_json()
+        if bound:
+            told["tensorrt"] = _audits_as_json(bound)
+        print_json(json.dumps(told, indent=2))
     else:
         _print(inspection)
+        _show_audits(bound, json_output=False)
+
+
+def _graphs(path: Path) -> tuple[ir.Model | None, dict[str, ir.Model]]:
+    """What there is to audit in a bundle or a file: the folded graph, and those for TensorRT by file name."""
+    from engines.tensorrt.predict import is_tensorrt_bound
+    from pipeline.compile import FOLDED_NAME
+    from pipeline.onnx_files import load_model
+
+    if path.is_dir():
+        from pipeline.bundle import open_bundle
+
+        bundle = open_bundle(path)
+        models = {
+            name: load_model(bundle.file(name))
+            for name in sorted(bundle.manifest.files)
+            if name.endswith(".onnx")
+        }
+        folded = models.get(FOLDED_NAME)
+    elif path.suffix == ".onnx":
+        models = {path.name: load_model(path)}
+        folded = models[path.name]
+    else:
+        return None, {}
+    if folded is not None and any(node.op_type == "QuantizeLinear" for node in folded.graph):
+        folded = None
+    return folded, {name: model for name, model in models.items() if is_tensorrt_bound(model)}
+
+
+def _audits_as_json(models: dict[str, ir.Model]) -> dict[str, Any]:
+    from engines.tensorrt.audit import report_to_json
+    from engines.tensorrt.predict import predict_audit
+
+    return {name: json.loads(report_to_json(predict_audit(model))) for name, model in models.items()}
+
+
+def _show_audits(models: dict[str, ir.Model], json_output: bool) -> None:
+    from rich.markup import escape
+
+    from apps.audit_view import print_audit
+    from apps.console import console, print_json
+    from engines.tensorrt.predict import predict_audit
+
+    if json_output:
+        print_json(json.dumps({"tensorrt": _audits_as_json(models)}, indent=2))
+        return
+    for name, model in models.items():
+        console.print(f"[bold]{escape(name)}[/bold]", highlight=False)
+        print_audit(predict_audit(model), console)
+
+
+def _show_dla(name: str, folded: ir.Model | None, json_output: bool) -> None:
+    from apps.audit_view import print_dla
+    from apps.console import console, print_json
+    from engines.tensorrt.dla import report_dla
+    from pipeline.errors import UsageError
+
+    if folded is None:
+        raise UsageError(
+            f"{name!r} holds no folded graph without Q/DQ, which is what a DLA takes; give a bundle, or its model.onnx"
+        )
+    report = report_dla(folded)
+    if json_output:
+        print_json(json.dumps({"dla": report.as_json()}, indent=2))
+    else:
+        print_dla(report, console)
 
 
 def _print(inspection: Inspection) -> None:

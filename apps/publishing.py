@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from apps.console import console
+from apps.device_view import print_deployment
 from pipeline.artifacts import CalibrationTable, ModelArtifact
 from pipeline.bundle import Bundle, BundleWriter
 from pipeline.compile import FOLDED_NAME
@@ -79,6 +80,7 @@ class BuildRequest:
     engine: str | None = None
     jetpack: str | None = None
     tensorrt: str | None = None
+    dla: bool = False
     overwrite: bool = True
 
 
@@ -98,7 +100,10 @@ class BuildOutcome:
                 "bundle": str(self.bundle.path),
                 "name": manifest.name,
                 "precision": manifest.precision,
-                "engine": manifest.ready_engine().backend,
+                "engine": None if manifest.engine is None else manifest.engine.backend,
+                "deployment": None
+                if manifest.deployment is None
+                else dataclasses.asdict(manifest.deployment),
                 "accuracy": dataclasses.asdict(manifest.accuracy) if manifest.accuracy else None,
                 "stages": [{"stage": s.stage, "seconds": s.seconds} for s in manifest.stages],
                 "files": {name: record.size_bytes for name, record in manifest.files.items()},
@@ -162,11 +167,12 @@ def print_build(outcome: BuildOutcome) -> None:
     if outcome.validation is not None:
         print_validation(outcome.validation, console)
     sizes = {name: record.size_bytes / 1e6 for name, record in manifest.files.items()}
-    engine_mb, fp32_mb = sizes[manifest.ready_engine().file], sizes[FOLDED_NAME]
-    console.print(
-        f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}: "
-        f"{manifest.ready_engine().file} {engine_mb:.1f} MB (fp32 {fp32_mb:.1f} MB)"
-    )
+    print_deployment(manifest, console)
+    built = f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}"
+    if manifest.engine is not None:
+        file = manifest.engine.file
+        built += f": {file} {sizes[file]:.1f} MB (fp32 ONNX {sizes[FOLDED_NAME]:.1f} MB)"
+    console.print(built)
     console.print(f"bundle: {outcome.bundle.path}", markup=False, soft_wrap=True)
     console.print(f"report: {outcome.bundle.file('report.html')}", markup=False, soft_wrap=True)
     if outcome.validation is None:

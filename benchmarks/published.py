@@ -23,11 +23,18 @@ class Published:
     source: str
 
 
-_MLPERF = "https://github.com/mlcommons/inference_results_{round}/blob/main/closed/NVIDIA/results/{system}/resnet50/{scenario}/performance/run_1/mlperf_log_summary.txt"
+_COMMITS = {
+    "v0.7": "1321d137a1109dfcab9c8466dd3df6a755c2f5ca",
+    "v1.1": "912dcdb9163736beca40a1f86e25d1305deab549",
+    "v2.0": "e1f8956d1b96cb0b2c57e085ddd4e9b022159725",
+    "v2.1": "c43f76f2447cc4b41a37952c86c108749f8d12f3",
+    "v3.1": "eaf622a25c00f2b4b1d2c4f5b4f430570429d24a",
+}
+_MLPERF = "https://github.com/mlcommons/inference_results_{round}/blob/{commit}/closed/NVIDIA/results/{system}/resnet50/{scenario}/performance/run_1/mlperf_log_summary.txt"
 
 
 def _mlperf(round_: str, system: str, scenario: str) -> str:
-    return _MLPERF.format(round=round_, system=system, scenario=scenario)
+    return _MLPERF.format(round=round_, commit=_COMMITS[round_], system=system, scenario=scenario)
 
 
 def _single_stream(target: str, round_: str, system: str, latency_ms: float) -> Published:

@@ -28,9 +28,9 @@ from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorStatistics
 from pipeline.errors import IntegrityError
 from pipeline.passes.half_precision import HalfType
 
-__all__ = ["Candidate", "tensorrt_candidates"]
+__all__ = ["Candidate", "float_candidate", "tensorrt_candidates"]
 
-Precision = Literal["int8", "fp16", "bf16"]
+Precision = Literal["int8", "fp16", "bf16", "fp32"]
 
 _WIDENING = 2.0
 """A Concat is untied where it makes some grid this much coarser: one bit of eight."""
@@ -132,6 +132,26 @@ def tensorrt_candidates(
         Candidate(half, forms.half(path(half))[0], half, f"{half} throughout: {forms.remainder_reason}")
     )
     return tuple(candidates)
+
+
+def float_candidate(model: ModelArtifact, out_dir: Path, precision: Literal["fp16", "fp32"]) -> Candidate:
+    """The one candidate of a build without int8.
+
+    Args:
+        model: folded fp32 ONNX.
+        out_dir: where ``model.NAME.onnx`` goes.
+        precision: bfloat16 takes the place of float16 where a constant overflows in it.
+
+    Raises:
+        PassError: lowering changed what the model computes.
+    """
+    forms = TensorRTForms(model, None)
+    if precision == "fp32":
+        full, _ = forms.float32(out_dir / "model.fp32.onnx")
+        return Candidate("fp32", full, "fp32", "fp32 throughout, as asked for")
+    half = _HALF_NAMES[forms.remainder]
+    lowered, _ = forms.half(out_dir / f"model.{half}.onnx")
+    return Candidate(half, lowered, half, f"{half} throughout: {forms.remainder_reason}")
 
 
 def _mixed_reason(worst: tuple[LayerNoise, ...], noise: tuple[LayerNoise, ...], half: str) -> str:

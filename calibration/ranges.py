@@ -78,9 +78,10 @@ def entropy(seen: Distribution) -> TensorRange:
 def mse(seen: Distribution) -> TensorRange:
     """The range with the least expected squared error of its uint8 grid.
 
-    Both ends are pulled in together on a coarse scale, then each by itself on a fine one.
+    Both ends are pulled in together on a coarse scale, then each by itself on a fine one. The search merges
+    bins; where those of the histogram itself say that the whole range is better, it is taken.
     """
-    seen = _coarsened(seen)
+    exact, seen = seen, _coarsened(seen)
     low, high = min(seen.low, 0.0), max(seen.high, 0.0)  # as every grid; ends of one sign could cross
     best = min((quantization_error(seen, TensorRange(f * low, f * high)), f) for f in _MSE_COARSE)
     error, low_part, high_part = best[0], best[1], best[1]
@@ -94,7 +95,8 @@ def mse(seen: Distribution) -> TensorRange:
             trial = quantization_error(seen, TensorRange(part * low, high_part * high))
             if trial < error:
                 error, low_part = trial, part
-    return TensorRange(float(low_part * low), float(high_part * high))
+    found, whole = TensorRange(float(low_part * low), float(high_part * high)), minmax(exact)
+    return min(found, whole, key=lambda tensor_range: quantization_error(exact, tensor_range))
 
 
 METHODS: Mapping[str, Callable[[Distribution], TensorRange]] = MappingProxyType(

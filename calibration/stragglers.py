@@ -69,7 +69,7 @@ def layer_noise(
         ranges: what the grids are made of.
         statistics: the histograms of the same calibration.
     """
-    values = {name_of(value): value for node in graph for value in node.outputs}
+    values = {name_of(v): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
     grids = {point.tensor: activation_params(point, placement, ranges) for point in placement.activations}
     exact = {point.tensor for point in placement.activations if point.scale is not None}
     found = []

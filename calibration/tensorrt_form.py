@@ -174,6 +174,12 @@ class TensorRTForms:
         """
         return self._write("lower", self._graph, (), out_path, {}, time.perf_counter())
 
+    def float32(self, out_path: Path) -> tuple[ModelArtifact, StageRecord]:
+        """Write the graph in float32, without Q/DQ, its pixels cast before anything else: for a network without
+        int8, and for a DLA, which takes its int8 scales from a calibration cache.
+        """
+        return self._write("center", self._graph, (), out_path, {}, time.perf_counter(), lower=False)
+
     def _write(
         self,
         stage: str,
@@ -182,10 +188,13 @@ class TensorRTForms:
         out_path: Path,
         checks: dict[str, Any],
         start: float,
+        *,
+        lower: bool = True,
     ) -> tuple[ModelArtifact, StageRecord]:
-        lowered, lowering = run_passes(graph, (half_precision(self.remainder),), run=_execute_unrounded)
+        passes = (half_precision(self.remainder),) if lower else ()
+        lowered, lowering = run_passes(graph, passes, run=_execute_unrounded)
         sha256 = save_model(lowered, out_path)
-        passes: tuple[PassRecord, ...] = (*self._centering, *lowering)
+        records: tuple[PassRecord, ...] = (*self._centering, *lowering)
         record = StageRecord(
             stage=stage,
             inputs=(self.model.sha256, *sources),
@@ -193,9 +202,8 @@ class TensorRTForms:
             seconds=time.perf_counter() - start,
             checks={
                 **checks,
-                "remainder": self.remainder,
-                "remainder_reason": self.remainder_reason,
-                "passes": [entry.as_json() for entry in passes],
+                **({"remainder": self.remainder, "remainder_reason": self.remainder_reason} if lower else {}),
+                "passes": [entry.as_json() for entry in records],
             },
         )
         inputs, outputs = interface(lowered)

@@ -185,7 +185,7 @@ class Manifest:
     tools: dict[str, str]
     """Name to version of everything that took part."""
     target: str
-    precision: Literal["int8", "fp16", "fp32"]
+    precision: Literal["int8", "fp16", "bf16", "fp32"]
     model: ModelSource
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]

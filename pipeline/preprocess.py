@@ -10,6 +10,8 @@ resize, crop, colour order or normalization exists. Two halves, as `PreprocessSp
   pixels then differ (measured with Pillow 13 on noise: one level in 0.1% of the pixels, and up to 24
   levels in a quarter of them for some sizes), for about half of the time.
 * *Normalization*, affine per channel, which the build folds into the graph.
+
+The CUDA kernel (`engines.tensorrt.preprocess`) follows the geometry computed here and is held to these pixels by tests.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from PIL import Image
 from pipeline.artifacts import PixelFormat, PreprocessSpec
 from pipeline.errors import DataError
 
-__all__ = ["affine", "normalize", "preprocess_sha256", "to_network_pixels"]
+__all__ = ["affine", "crop_start", "normalize", "preprocess_sha256", "resized_hw", "to_network_pixels"]
 
 _CHANNELS: dict[str, int] = {"RGB": 3, "BGR": 3, "GRAY": 1, "RGBA": 4, "BGRA": 4}
 _RESAMPLE = {
@@ -170,9 +172,9 @@ def _resize_and_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
                 "preprocessing does not resize: resize the images, or set resize in the --preprocess file"
             )
         return image
-    resized_h, resized_w = _resized_hw(image.height, image.width, spec)
-    left = _crop_start(resized_w, target_w)
-    top = _crop_start(resized_h, target_h)
+    resized_h, resized_w = resized_hw(image.height, image.width, spec)
+    left = crop_start(resized_w, target_w)
+    top = crop_start(resized_h, target_h)
     resample = _RESAMPLE[spec.interpolation]
     if spec.antialias or spec.interpolation == "nearest":
         resized = image
@@ -193,7 +195,7 @@ def _resize_and_crop(image: Image.Image, spec: PreprocessSpec) -> Image.Image:
     )
 
 
-def _resized_hw(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
+def resized_hw(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int]:
     """Size after the resize and before the crop, as timm's and torchvision's eval transforms have it."""
     # 0.875 × 256 = 224 must give 256 again, whatever the division rounds to.
     scaled_h, scaled_w = (math.floor(side / spec.crop_fraction + 1e-6) for side in spec.input_hw)
@@ -207,6 +209,6 @@ def _resized_hw(height: int, width: int, spec: PreprocessSpec) -> tuple[int, int
     return round(height / ratio), round(width / ratio)
 
 
-def _crop_start(size: int, target: int) -> int:
+def crop_start(size: int, target: int) -> int:
     """Where torchvision's center_crop starts; negative where the image is padded."""
     return -((target - size) // 2) if target > size else round((size - target) / 2.0)

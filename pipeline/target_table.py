@@ -51,15 +51,6 @@ def _orin_brief(figures: str) -> Source:
     )
 
 
-def _orin_nx_sheet(total: str) -> Source:
-    return Source(
-        f"{total} sparse int8 TOPS in all",
-        "NVIDIA Jetson Orin NX Series data sheet",
-        "https://github.com/icub-tech-iit/cad-libraries/files/13056089/JETSON-ORIN-NX-DATASHEET.pdf",
-        read=True,
-    )
-
-
 def _super_mode(figures: str) -> Source:
     return Source(
         figures,
@@ -105,19 +96,19 @@ _OLD_JETSONS = (
     Target(
         "jetson-nano", "Jetson Nano", "tensorrt", "jetson", 53, ("fp16", "fp32"), 4,
         Peaks(None, 0.472, 25.6), (_jetson_modules("0.472 TFLOPS fp16, 25.6 GB/s, 128 cores (1 SM)"),),
-        sm_count=1, l2_mib=0.25, refusal=_JETPACK_4,
+        sm_count=1, refusal=_JETPACK_4,
     ),
     Target(
         "jetson-tx2", "Jetson TX2", "tensorrt", "jetson", 62, ("fp16", "fp32"), 8,
         Peaks(None, 1.33, 59.7), (_jetson_modules("1.33 TFLOPS fp16, 59.7 GB/s, 256 cores (2 SMs)"),),
-        sm_count=2, l2_mib=0.5, refusal=_JETPACK_4,
+        sm_count=2, refusal=_JETPACK_4,
     ),
     Target(
         "jetson-xavier-nx", "Jetson Xavier NX 8 GB", "tensorrt", "jetson", 72, _VOLTA, 8,
         Peaks(12.3, 6.15, 59.7, dla_int8_tops=9.0),
         (
             Source(
-                "GPU 12.3 int8 TOPS (fp16 at half the rate), DLA 4.5 each, 59.7 GB/s, 384 cores (6 SMs)",
+                "GPU 12.3 int8 TOPS (fp16 at half the rate), DLA 4.5 each, 59.7 GB/s, 384 cores (6 SMs), 512 KiB L2",
                 "Jetson Xavier NX System-on-Module data sheet, DS-10184-001",
                 "https://developer.nvidia.com/embedded/downloads", read=False,
             ),
@@ -128,7 +119,7 @@ _OLD_JETSONS = (
         "jetson-agx-xavier", "Jetson AGX Xavier 32 GB", "tensorrt", "jetson", 72, _VOLTA, 32,
         Peaks(22.6, 11.3, 136.5, dla_int8_tops=11.4),
         (
-            _jetson_modules("GPU 22 int8 TOPS, 11 TFLOPS fp16 at 1377 MHz; 136.5 GB/s; 512 cores (8 SMs)"),
+            _jetson_modules("GPU 22 int8 TOPS, 11 TFLOPS fp16 at 1377 MHz; 136.5 GB/s; 512 cores (8 SMs), 512 KiB L2"),
             Source(
                 "DLA 11.4 int8 TOPS", "Xavier at Hot Chips 30, as reported",
                 "https://www.notebookcheck.net/Nvidia-presents-improved-Xavier-SoC-for-autonomous-machines.323992.0.html",
@@ -145,7 +136,7 @@ _ORINS = (
         Peaks(10, 5, 34.1),
         (_jetson_modules("20 sparse int8 TOPS (half is dense), 34 GB/s, 512 cores (4 SMs)"),
          _super_mode("34 sparse int8 TOPS, 51 GB/s")),
-        sm_count=4, l2_mib=2, super_peaks=Peaks(17, 8.5, 51.2),
+        sm_count=4, super_peaks=Peaks(17, 8.5, 51.2),
     ),
     Target(
         "jetson-orin-nano-8gb", "Jetson Orin Nano 8 GB", "tensorrt", "jetson", 87, _AMPERE, 8,
@@ -156,27 +147,27 @@ _ORINS = (
             "https://www.brojogopalsapui.com/ai-foundations/sub_contents/AI_hardware/jetson_orin_nano_light.html",
             read=True,
         )),
-        sm_count=8, l2_mib=2, super_peaks=Peaks(33.5, 16.8, 102.4), aliases=("jetson-orin-nano",),
+        sm_count=8, super_peaks=Peaks(33.5, 16.8, 102.4), aliases=("jetson-orin-nano",),
     ),
     Target(
         "jetson-orin-nx-8gb", "Jetson Orin NX 8 GB", "tensorrt", "jetson", 87, _AMPERE, 8,
         Peaks(25, 12.5, 102.4, dla_int8_tops=10),
-        (_orin_nx_sheet("70"), _orin_brief("GPU 50 and DLA 20 of the 70; 102.4 GB/s; 1024 cores (8 SMs)"),
+        (Source("70 sparse int8 TOPS in all", "Yahboom Jetson Orin NX kit", "https://github.com/YahboomTechnology/Jetson_Orin_NX", read=True), _orin_brief("GPU 50 and DLA 20 of the 70; 102.4 GB/s; 1024 cores (8 SMs)"),
          _super_mode("117 sparse int8 TOPS: GPU 77, DLA 40")),
-        sm_count=8, l2_mib=4, dla_cores=1, super_peaks=Peaks(38.5, 19.2, 102.4, dla_int8_tops=20),
+        sm_count=8, dla_cores=1, super_peaks=Peaks(38.5, 19.2, 102.4, dla_int8_tops=20),
     ),
     Target(
         "jetson-orin-nx-16gb", "Jetson Orin NX 16 GB", "tensorrt", "jetson", 87, _AMPERE, 16,
         Peaks(30, 15, 102.4, dla_int8_tops=20),
-        (_orin_nx_sheet("100"), _orin_brief("GPU 60 and DLA 40 of the 100; 102.4 GB/s; 1024 cores (8 SMs)"),
+        (Source("100 sparse int8 TOPS in all", "NVIDIA Jetson Orin NX Series data sheet", "https://github.com/icub-tech-iit/cad-libraries/files/13056089/JETSON-ORIN-NX-DATASHEET.pdf", read=True), _orin_brief("GPU 60 and DLA 40 of the 100; 102.4 GB/s; 1024 cores (8 SMs)"),
          _super_mode("157 sparse int8 TOPS: GPU 77, DLA 80")),
-        sm_count=8, l2_mib=4, dla_cores=2, super_peaks=Peaks(38.5, 19.2, 102.4, dla_int8_tops=40),
+        sm_count=8, dla_cores=2, super_peaks=Peaks(38.5, 19.2, 102.4, dla_int8_tops=40),
         aliases=("jetson-orin-nx",),
     ),
     Target(
         "jetson-agx-orin-32gb", "Jetson AGX Orin 32 GB", "tensorrt", "jetson", 87, _AMPERE, 32,
         Peaks(54, 27, 204.8, dla_int8_tops=46),
-        (_orin_brief("200 sparse int8 TOPS: GPU 108, DLA 92; 204.8 GB/s; 1792 cores (14 SMs)"),),
+        (_orin_brief("200 sparse int8 TOPS: GPU 108, DLA 92; 204.8 GB/s; 1792 cores (14 SMs), 4 MiB L2"),),
         sm_count=14, l2_mib=4, dla_cores=2,
     ),
     Target(
@@ -184,7 +175,7 @@ _ORINS = (
         Peaks(85.5, 42.75, 204.8, dla_int8_tops=52.5),
         (
             Source("sparse int8 in MAXN: GPU 171, both DLAs 105", "Deep Learning Accelerator SW, README", _DLA_SW, read=True),
-            _orin_brief("204.8 GB/s; 2048 cores (16 SMs); fp16 at half the int8 rate"),
+            _orin_brief("204.8 GB/s; 2048 cores (16 SMs), 4 MiB L2; fp16 at half the int8 rate"),
         ),
         sm_count=16, l2_mib=4, dla_cores=2, aliases=("jetson-agx-orin",),
     ),
@@ -205,7 +196,7 @@ _THORS = (
     Target(
         "jetson-thor-t5000", "Jetson T5000 (AGX Thor)", "tensorrt", "jetson", 110, _AMPERE, 128,
         Peaks(None, 258.5, 273),
-        (Source("258.5 TFLOPS fp16, 128 GB", "Hugging Face hardware list", f"{_HARDWARE}/jetson-t5000", read=True),
+        (Source("258.5 TFLOPS, an eighth of 2070 sparse FP4: taken for dense fp16; 128 GB", "Hugging Face hardware list", f"{_HARDWARE}/jetson-t5000", read=True),
          _jetson_modules("273 GB/s, 2560 cores (20 SMs), 2070 FP4 TFLOPS with sparsity")),
         sm_count=20, aliases=("jetson-thor", "jetson-agx-thor"),
         note="no document at hand gives an int8 figure",
@@ -221,7 +212,7 @@ _BOARDS = (
     ),
     Target(
         "a10", "NVIDIA A10", "tensorrt", "datacenter", 86, _AMPERE, 24, Peaks(250, 125, 600),
-        (Source("250 int8 TOPS, 125 TFLOPS fp16, 600 GB/s, 72 SMs", "NVIDIA A10 data sheet", "https://www.nvidia.com/en-us/data-center/products/a10-gpu/", read=False),
+        (Source("250 int8 TOPS, 125 TFLOPS fp16, 600 GB/s, 72 SMs, 6 MiB L2", "NVIDIA A10 data sheet", "https://www.nvidia.com/en-us/data-center/products/a10-gpu/", read=False),
          Source("125 TFLOPS fp16, 600 GB/s", "a list of GPUs by FP16 compute", "https://gist.github.com/kimbochen", read=True)),
         sm_count=72, l2_mib=6, tensorrt=_FROM_10_3,
     ),
@@ -242,8 +233,8 @@ _BOARDS = (
     ),
     Target(
         "l40s", "NVIDIA L40S", "tensorrt", "datacenter", 89, _AMPERE, 48, Peaks(733, 362, 864),
-        (_DENSE_LIST, Source("142 SMs, 96 MiB L2", "NVIDIA L40S data sheet", "https://www.nvidia.com/en-us/data-center/l40s/", read=False)),
-        sm_count=142, l2_mib=96, tensorrt=_FROM_10_3,
+        (_DENSE_LIST, Source("142 SMs", "NVIDIA L40S data sheet", "https://www.nvidia.com/en-us/data-center/l40s/", read=False)),
+        sm_count=142, tensorrt=_FROM_10_3,
     ),
     Target(
         "h100-pcie", "NVIDIA H100 PCIe", "tensorrt", "datacenter", 90, _AMPERE, 80, Peaks(1513, 756, 2000),

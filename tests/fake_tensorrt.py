@@ -68,6 +68,7 @@ class FakeLibrary:
         self.formats: dict[str, Any] = {}
         self.locations: dict[str, Any] = {}
         self.fail_next = ""
+        self.fault_next = 0
         self.caches: list[FakeRuntimeCache] = []
         engine = type(
             "ICudaEngine", (FakeEngine,), {"create_runtime_config": FakeEngine.runtime_config} if rtx else {}
@@ -225,6 +226,8 @@ class FakeContext:
     def execute_async_v3(self, handle: int) -> bool:
         device = self.library.device
         stream = device.streams.get(handle)
+        if self.library.fault_next:
+            device.sticky, self.library.fault_next = self.library.fault_next, 0
         if device.sticky:
             return self._error(f"Cuda Runtime (an illegal memory access was encountered, {device.sticky})")
         if stream is None or device.depth() == 0:

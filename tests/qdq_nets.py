@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 
 class QdqNet:
-    """Builds a graph; every method returns the name of what it computes.
+    """Builds a graph; ``channels`` are those of every tensor so far. Every method returns the name of what it computes.
 
     Node names are given or counted; tensors are called after the node that makes them. Float tensors are
     of type `float_type`; scales too, as opset 19 allows.
@@ -24,7 +24,7 @@ class QdqNet:
         self._onnx_type = oh.np_dtype_to_tensor_dtype(self._dtype)
         self._nodes: list[onnx.NodeProto] = []
         self._constants: list[onnx.TensorProto] = []
-        self._channels = {"x": channels}
+        self.channels = {"x": channels}
         self._input = oh.make_tensor_value_info("x", self._onnx_type, [batch, channels, size, size])
 
     def model(self, *outputs: str) -> ir.Model:
@@ -35,14 +35,17 @@ class QdqNet:
         onnx.checker.check_model(proto, full_check=True)
         return ir.serde.deserialize_model(proto)
 
+    def unread(self) -> list[str]:
+        """What nothing reads yet."""
+        read = {name for node in self._nodes for name in node.input}
+        return [name for node in self._nodes for name in node.output if name not in read]
+
     def op(self, op_type: str, *inputs: str, name: str = "", **attributes: Any) -> str:
         name = name or f"{op_type}_n{len(self._nodes)}"
         node = oh.make_node(op_type, list(inputs), [f"{name}_out"], name=name, **attributes)
         self._nodes.append(node)
-        self._channels[f"{name}_out"] = (
-            sum(self._channels[v] for v in inputs)
-            if op_type == "Concat"
-            else self._channels.get(inputs[0], 0)
+        self.channels[f"{name}_out"] = (
+            sum(self.channels[v] for v in inputs) if op_type == "Concat" else self.channels.get(inputs[0], 0)
         )
         return f"{name}_out"
 
@@ -75,7 +78,7 @@ class QdqNet:
 
         With `int8` its weight stands behind DQ: as int8, or, with a name for the Q, as float behind Q and DQ.
         """
-        shape = (out, self._channels[value] // attributes.get("group", 1), kernel, kernel)
+        shape = (out, self.channels[value] // attributes.get("group", 1), kernel, kernel)
         weight = self.constant(np.ones(shape), np.int8 if int8 and not weight_quantizer else None)
         if int8:
             scales, zeros = self.constant(np.full(out, 0.01)), self.constant(np.zeros(out), np.int8)
@@ -84,5 +87,5 @@ class QdqNet:
             weight = self.op("DequantizeLinear", weight, scales, zeros, axis=0)
         attributes.setdefault("pads", [kernel // 2] * 4)
         result = self.op("Conv", value, weight, self.constant(np.zeros(out)), name=name, **attributes)
-        self._channels[result] = out
+        self.channels[result] = out
         return result

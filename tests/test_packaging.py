@@ -55,6 +55,7 @@ def test_the_wheel_carries_weights_and_template(wheel: list[str]) -> None:
         "apps/report/report.html.j2",
         "apps/report/report.css.j2",
         "calibration/placement/cpu.py",
+        "engines/tensorrt/preprocess.cu",
         "pipeline/passes/residual_scale.py",
     ):
         assert name in wheel

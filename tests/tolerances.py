@@ -42,3 +42,42 @@ ADAPTIVE_GAIN_DB = 1.0
 
 EQUALIZATION_GAIN_DB = 1.0
 """The same for equalization alone, of a network whose channels differ by a factor of ten."""
+
+SIMULATED_MEASUREMENTS = 1000
+"""Draws of a simulated validation; the share of them is then known to ±0.013 (one standard deviation)."""
+
+PLANNED_POWER_ATOL = 0.05
+"""Share of simulated validations that show what was planned for, against the planned 0.8. The plan is a normal
+approximation: 0.806 to 0.816 over five cases in 1500 draws each; three standard deviations of the draws above
+that."""
+
+FALSE_ALARM_ATOL = 0.015
+"""Share of 2000 simulated families with a false alarm, against 0.05: three standard deviations (0.005)."""
+
+AVERAGED_SOFTMAX_ATOL = 1e-12
+"""Averaged probabilities against the same average in another order, both float64."""
+
+CUDA_PREPROCESS_LEVELS = 0
+"""Pixels of the CUDA kernels, compiled for the CPU, against `pipeline.preprocess`, in uint8 levels: the same integers
+and the same doubles as Pillow's. (What is required of the kernel is 1.)"""
+
+YUV_ROUNDING_LEVELS = 2.5
+"""RGB back from limited-range YUV, in uint8 levels: luma is rounded to half of 1/219 (0.6 levels), chroma to half of
+1/224 times at most 2.1 (1.1 levels), the result to 0.5. The other matrix is wrong by 20 levels and more."""
+TENSORRT_INT8_SQNR_DB = 30.0
+"""Logits of the tiny calibrated model in TensorRT's int8 form against fp32, in dB of what tells images apart.
+Symmetric int8 has half the levels behind a Relu that uint8 has, 6 dB less than `CALIBRATED_INT8_SQNR_DB` allows;
+measured are 34 dB, and one range ten times too wide leaves 25 at most."""
+
+HALF_SQNR_DB = {"float16": 55.0, "bfloat16": 35.0}
+"""Logits of a tiny model with constants rounded to half precision, against fp32. Rounding by 2^-12 (2^-9) on the average
+is 72 (54) dB a layer, a handful of layers and a sum over fewer than a hundred products leave 60 to 70 (40 to 50)."""
+
+ENGINE_TF32_ATOL = 5e-2
+"""Logits of the tiny fp32 model (about 5) from a GPU, which multiplies in TF32 unless told otherwise: 10 bits of
+mantissa are 5e-4 of each product, over three channels and then eight."""
+
+LAYER_NOISE_DB = 0.7
+"""The noise of one layer from its input's histogram and its weight against the noise that is measured. 2,000 inputs
+settle the measured one to 0.2 dB, and the product of both errors, left out, is 40 dB lower; the rest is clipping,
+whose error grows with the value and so is not as independent of it as rounding."""

@@ -20,7 +20,7 @@ needed, and the problem is solved in the integers themselves:
    Frantar et al., "GPTQ", arXiv 2210.17323, section 3).
 3. *Descent*: each weight in turn moves to its best allowed integer with all others fixed, until nothing moves.
 
-As in AdaRound, a weight may only become the integer below it or the one above.
+A weight may only become the integer below its optimum or the one above, as in AdaRound.
 """
 
 from __future__ import annotations

@@ -164,7 +164,8 @@ class _Placer:
 
     def _reason_for_float(self, node: ir.Node) -> str | None:
         data, weight = node.inputs[0], node.inputs[1]
-        assert data is not None and weight is not None
+        assert data is not None
+        assert weight is not None
         if name_of(node.outputs[0]) in self._float_layers:
             return "asked for: it keeps its input and its weight in floating point"
         if data in self._pixels:

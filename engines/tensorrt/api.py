@@ -7,7 +7,7 @@ has the calls of the timing cache and does nothing with it (release notes of Ten
 is asked of the flavour.
 
 The names were read out of the bindings that are published for Python 3.11: 10.3.0, 10.13.2 and 11.4.0 of
-``tensorrt``, and 1.7.1 of ``tensorrt_rtx`` (table in ``docs/engines.md``).
+``tensorrt``, and 1.7.1 of ``tensorrt_rtx`` (table in ``docs/tensorrt.md``).
 """
 
 from __future__ import annotations

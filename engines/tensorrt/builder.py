@@ -61,20 +61,18 @@ def build_plan(
             options.timing_cache_dir, api.version_text, device.name, options.sms[0]
         )
     began = time.perf_counter()
-    descriptor, name = tempfile.mkstemp(dir=plan_path.parent, prefix=f".{plan_path.name}.", suffix=".tmp")
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = _reserve(plan_path)
     try:
         job = BuildJob(api.flavour, model.path, model.sha256, temporary, options, timing_cache)
         result, workspace_bytes, tried = _build_within_memory(job, device, progress)
         plan = temporary.read_bytes()
         _check_header(plan, api, options)
-        temporary.chmod(0o644)
-        temporary.replace(plan_path)
+        sha256 = hashlib.sha256(plan).hexdigest()
+        loadable = device is not None and device.sm in options.sms
+        inspector = _probe(api, temporary, sha256, "the new plan") if loadable else None
+        _publish(temporary, plan_path)
     finally:
         temporary.unlink(missing_ok=True)
-    sha256 = hashlib.sha256(plan).hexdigest()
-    loadable = device is not None and device.sm in options.sms
     return BuiltPlan(
         path=plan_path,
         sha256=sha256,
@@ -90,7 +88,7 @@ def build_plan(
         seconds=round(time.perf_counter() - began, 3),
         timing_cache=timing_cache if result["timing_cache_written"] else None,
         warnings=(*tried, *result["notes"]),
-        inspector=probe_plan(api, plan_path, sha256) if loadable else None,
+        inspector=inspector,
         kernel_log=result["kernel_log"],
     )
 
@@ -105,11 +103,7 @@ def probe_plan(api: TensorRtApi, plan_path: Path, sha256: str) -> str | None:
         EngineError: the plan cannot be loaded here, or loading it crashed.
         IntegrityError: the file is not the one described.
     """
-    outcome = run_job(ProbeJob(api.flavour, plan_path, sha256), lambda done, total: None)
-    if outcome.result is None:
-        raise _named(outcome, f"plan {plan_path} cannot be loaded by {api.title}")
-    inspector: str | None = outcome.result["inspector"]
-    return inspector
+    return _probe(api, plan_path, sha256, f"plan {plan_path}")
 
 
 def find_device() -> DeviceIdentity | None:
@@ -118,6 +112,14 @@ def find_device() -> DeviceIdentity | None:
         return device_identity()
     except UnsupportedError:
         return None
+
+
+def _probe(api: TensorRtApi, path: Path, sha256: str, what: str) -> str | None:
+    outcome = run_job(ProbeJob(api.flavour, path, sha256), lambda done, total: None)
+    if outcome.result is None:
+        raise _named(outcome, f"{what} cannot be loaded by {api.title}")
+    inspector: str | None = outcome.result["inspector"]
+    return inspector
 
 
 def _resolve_sms(
@@ -179,6 +181,24 @@ def _workspaces(first: int | None) -> Iterator[int | None]:
             return
         yield size
         size //= 2
+
+
+def _reserve(plan_path: Path) -> Path:
+    """A temporary file beside `plan_path`, on the same file system."""
+    try:
+        descriptor, name = tempfile.mkstemp(dir=plan_path.parent, prefix=f".{plan_path.name}.", suffix=".tmp")
+    except OSError as error:
+        raise EngineError(f"plan {plan_path} cannot be written: {error.strerror or error}") from error
+    os.close(descriptor)
+    return Path(name)
+
+
+def _publish(temporary: Path, plan_path: Path) -> None:
+    try:
+        temporary.chmod(0o644)  # mkstemp's files are their owner's alone
+        temporary.replace(plan_path)
+    except OSError as error:
+        raise EngineError(f"plan {plan_path} cannot be written: {error.strerror or error}") from error
 
 
 def _check_header(plan: bytes, api: TensorRtApi, options: TensorRtOptions) -> None:

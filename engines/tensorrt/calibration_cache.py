@@ -5,7 +5,7 @@ A DLA takes no explicit quantization; its int8 engines are built from the folded
 TensorRT's own::
 
     TRT-100300-EntropyCalibration2
-    image: 3c010a14
+    image: 40008102
     relu_1: 3d6eb5ae
 
 The first line names the version of TensorRT, another one ignores the file. Then each tensor with its scale:
@@ -17,7 +17,7 @@ those that Q/DQ would stand on; the others follow from them:
 * **Max and average pools, concatenations, reshapes** have one scale on both sides, the union: the DLA
   requires it of pools and of everything that meets in a concatenation;
 * **what an activation function takes** has the scale of what it gives: both are one kernel;
-* **pixels** cast from uint8 reach 255.
+* **pixels** cast from uint8 reach 255; centred ones (`pipeline.passes.center_pixels`) have scale 1.
 
 The network's outputs need none: nothing is computed from them.
 """
@@ -161,6 +161,11 @@ class _Ranges:
                 self._raise(name, max(-ranges[name].low, ranges[name].high))
             if value.dtype == ir.DataType.UINT8:
                 self._raise(name, _PIXEL_MAX)
+        pixels = {self._root(value.name or "") for value in activations if value.dtype == ir.DataType.UINT8}
+        for node in graph.nodes:
+            source = node.inputs[0] if node.op_type == "Sub" else None
+            if source is not None and self._root(source.name or "") in pixels:
+                self._raise(node.outputs[0].name or "", _centered_peak(node))
         ends = {self._root(name) for name in outputs if name}
         self.needed = [name for name in self.known if name not in outputs and self._root(name) not in ends]
 
@@ -180,6 +185,19 @@ class _Ranges:
     def _raise(self, name: str, peak: float) -> None:
         root = self._root(name)
         self._peaks[root] = max(peak, self._peaks.get(root, 0.0))
+
+
+def _centered_peak(node: ir.Node) -> float:
+    """The magnitude that ``pixel - constant`` is given.
+
+    Of ``pixel - 128`` it is 127, although it goes to -128: int8 holds that too, and at scale 1 nothing is rounded.
+    """
+    center = node.inputs[1]
+    assert center is not None
+    if center.const_value is None:
+        return _PIXEL_MAX
+    shift = float(np.max(center.const_value.numpy()))
+    return float(_QMAX) if shift == _QMAX + 1 else max(abs(shift), abs(_PIXEL_MAX - shift))
 
 
 def _bits(scale: np.float32) -> int:

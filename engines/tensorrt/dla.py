@@ -251,9 +251,9 @@ def _flattening(graph: QuantizedGraph, node: ir.Node, precision: str) -> tuple[s
 def _softmax(graph: QuantizedGraph, node: ir.Node, precision: str) -> tuple[str, str] | None:
     sizes = _sizes(node.outputs[0])
     axis = node.attributes.get_int("axis", -1) % len(sizes)
-    if axis == 0 or sizes[axis] > 1024:
+    if axis == 0 or math.prod(sizes[1:]) != sizes[axis]:
         return (
-            f"it normalizes {sizes[axis]} values along axis {axis}; a DLA takes up to 1024",
+            f"it normalizes axis {axis} of {list(sizes)}; a DLA's softmax takes one vector",
             "do it on the host",
         )
     return None

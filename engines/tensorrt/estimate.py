@@ -31,7 +31,8 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from engines.tensorrt.fusion import FusedLayer, Precision, predict_layers
+from engines.tensorrt.fusion import predict_layers
+from engines.tensorrt.layers import FusedLayer, Precision
 from engines.tensorrt.quantized_graph import PRECISION_BYTES, node_name
 from pipeline.errors import UnsupportedError
 from pipeline.inspection import at_batch_one

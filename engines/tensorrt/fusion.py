@@ -42,7 +42,7 @@ from engines.tensorrt.quantized_graph import (
 from pipeline.inspection import node_macs
 from pipeline.passes.linear import STANDARD_DOMAINS
 
-__all__ = ["FusedLayer", "plan_layers", "predict_layers"]
+__all__ = ["FusedLayer", "Kind", "Precision", "plan_layers", "predict_layers"]
 
 
 def predict_layers(model: ir.Model) -> tuple[FusedLayer, ...]:
@@ -109,7 +109,8 @@ class _Planner:
         elif op_type in POINTWISE:
             self._pointwise(node)
         else:
-            kind: Kind = "softmax" if op_type == "Softmax" else "reduce" if op_type.startswith("Reduce") else "other"  # fmt: skip
+            kind: Kind = "reduce" if op_type.startswith("Reduce") else "other"
+            kind = "softmax" if op_type == "Softmax" else kind
             self._emit(kind, [node], [], self._graph.activations(node), node.outputs[0], "is float only")
 
     def _linear(self, node: ir.Node) -> None:

@@ -28,6 +28,8 @@ __all__ = ["audit_build_log", "audit_engine"]
 
 _COMPUTES = re.compile(r"conv|correlation|gemm|fullyconnected|matrixmultiply|fusion", re.IGNORECASE)
 _NO_KERNEL = re.compile(r"noop|trainstation|signal|wait|constant", re.IGNORECASE)
+_COMPILED = re.compile(r"(\.\d+)?(_\d+)?_myl\d+$")
+"""What a compiled kernel's tensor has behind the name it has in the graph."""
 _WIDTH = {"int8": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -57,6 +59,9 @@ class _Audit:
         self._nodes = {node_name(node): node for node in self._graph.graph}
         self._kernels = kernels
         self._layers = [self._layer(kernel) for kernel in kernels]
+        self._copies: set[str] = set()
+        """Kernels that a finding about a concatenation tells of already."""
+        self._order = {layer.name: index for index, layer in enumerate(self._layers)}
         self._of_node: dict[str, list[AuditedLayer]] = defaultdict(list)
         for layer in self._layers:
             for name in layer.nodes:
@@ -156,8 +161,14 @@ class _Audit:
                 "leave it in float in the graph too, or give it a shape that int8 kernels take: channels a multiple "
                 "of 4 a group, better of 32",
             )
-        others = [layer for layer in kernels if layer.kind == "elementwise" and layer not in computing]
-        if computing and others:
+        others = [
+            layer
+            for layer in kernels
+            if computing
+            and layer.kind == "elementwise"
+            and self._order[layer.name] > self._order[computing[0].name]
+        ]
+        if others:
             yield Finding(
                 "split_layer",
                 computing[0].name,
@@ -185,15 +196,25 @@ class _Audit:
         return unfused_add(self._graph, add, where)
 
     def _concat(self, concat: ir.Node) -> Finding | None:
-        name = node_name(concat)
+        name, value = node_name(concat), concat.outputs[0]
+        joined = {value.name, *(node.outputs[0].name for node in self._graph.quantizers(value))}
         copies = [
-            layer
-            for layer in self._layers
+            layer.name
+            for kernel, layer in zip(self._kernels, self._layers, strict=True)
             if (layer.kind == "concat" and name in layer.nodes)
             or (layer.name.startswith(name) and layer.name.endswith(" copy"))
+            or (not layer.nodes and any(_COMPILED.sub("", tensor) in joined for tensor, _ in kernel.outputs))
         ]
-        where = copies[0].name if copies else name
-        return concat_finding(self._graph, concat, where, bool(copies))
+        self._copies.update(copies)
+        finding = concat_finding(self._graph, concat, copies[0] if copies else name, copied=False)
+        if finding is None and copies:
+            return Finding(
+                "concat_copied",
+                copies[0],
+                f"{describe(concat)}: {len(copies)} of its parts are copied by {', '.join(map(repr, copies))}",
+                "none in the graph: the builder could not let their producers write in place",
+            )
+        return finding
 
     def _rewrites(self) -> Iterator[Finding]:
         """Kernels that only rewrite memory."""
@@ -206,7 +227,7 @@ class _Audit:
         }
         interface = {v.name for v in (*self._graph.graph.inputs, *self._graph.graph.outputs)}
         for kernel, layer in zip(self._kernels, self._layers, strict=True):
-            if layer.kind not in ("quantize", "dequantize", "requantize", "reformat"):
+            if layer.name in self._copies or layer.kind not in _REWRITING:
                 continue
             cause = next((causes[name] for name in layer.nodes if name in causes), None)
             if cause is not None:
@@ -230,7 +251,10 @@ class _Audit:
         causes = {finding.layer: finding for finding in self._predicted.of("fp32_island")}
         owner = {name: layer.name for layer in self._predicted.layers for name in layer.nodes}
         for layer in computing:
-            if layer.precision == "fp32":
+            finishes = layer.kind == "elementwise" and any(
+                name in self._nodes and self._nodes[name].op_type in LINEAR for name in layer.nodes
+            )
+            if layer.precision == "fp32" and not finishes:  # what finishes a split layer is told with it
                 cause = next((causes[owner[n]] for n in layer.nodes if owner.get(n) in causes), None)
                 yield Finding(
                     "fp32_island",
@@ -241,6 +265,7 @@ class _Audit:
                 )
 
 
+_REWRITING = frozenset({"quantize", "dequantize", "requantize", "reformat"})
 _TYPE_OPS = frozenset({"Cast", "QuantizeLinear", "DequantizeLinear"})
 
 

@@ -31,6 +31,13 @@ _OUT_OF_MEMORY = re.compile(
 _SHOWN_ERRORS = 4
 _KERNEL = ", LayerType: "
 """In every line with which a log of verbosity VERBOSE describes a kernel of the finished engine."""
+_HINTS = (
+    (
+        re.compile(r"FP32 GEMM is not supported"),
+        "float32 matrix products are not compiled for this GPU: build the fp16 or the int8 graph for it",
+    ),
+)
+"""What to do about errors of the build itself, in the words of TensorRT-RTX 1.7."""
 
 
 class BuildMemoryError(EngineError):
@@ -64,14 +71,15 @@ def make_logger(api: TensorRtApi) -> tuple[Any, Log]:
     """A logger for TensorRT and the lists it fills."""
     trt = api.module
     log = Log([], [], [])
-    severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
+    severities = trt.ILogger.Severity
+    severe = (severities.INTERNAL_ERROR, severities.ERROR)
 
     def collect(self: Any, severity: Any, message: str) -> None:
         if _KERNEL in message:
             log.kernels.extend(line for line in message.splitlines() if _KERNEL in line)
             return
         lines = log.errors if severity in severe else log.warnings
-        if severity in (*severe, trt.ILogger.WARNING) and message not in lines:
+        if severity in (*severe, severities.WARNING) and message not in lines:
             lines.append(message)
 
     # The base class is only known at run time.
@@ -98,22 +106,22 @@ def compile_network(
         EngineError: TensorRT refuses the graph or fails; with its own words and the remedy.
         BuildMemoryError: it ran out of memory.
     """
-    attempt = _Attempt(api, onnx_bytes, options, timing_cache, report, strongly_typed=True)
     try:
-        return attempt.run()
+        return _Attempt(api, onnx_bytes, options, timing_cache, report, strongly_typed=True).run()
     except BuildMemoryError:
         raise
-    except EngineError as refusal:
+    except EngineError as error:
         if not api.has("weak_typing"):
             raise
-        try:
-            weak = _Attempt(api, onnx_bytes, options, timing_cache, report, strongly_typed=False).run()
-        except BuildMemoryError:
-            raise
-        except EngineError:
-            raise refusal from None
-        note = f"built weakly typed, because {api.title} refuses the graph strongly typed: {refusal}"
-        return replace(weak, notes=(note, *weak.notes))
+        refusal = str(error)  # the exception itself would keep the first network in memory
+    try:
+        weak = _Attempt(api, onnx_bytes, options, timing_cache, report, strongly_typed=False).run()
+    except BuildMemoryError:
+        raise
+    except EngineError:
+        raise EngineError(refusal) from None
+    note = f"built weakly typed, because {api.title} refuses the graph strongly typed: {refusal}"
+    return replace(weak, notes=(note, *weak.notes))
 
 
 class _Attempt:
@@ -239,7 +247,8 @@ class _Attempt:
         message = f"{self._api.title} {what}: {' '.join(errors[:_SHOWN_ERRORS])[:1200]}"
         if any(map(_OUT_OF_MEMORY.search, errors)):
             return BuildMemoryError(message)
-        return EngineError(message)
+        hints = (f"; {hint}" for pattern, hint in _HINTS if pattern.search(message))
+        return EngineError(message + "".join(hints))
 
 
 def _parser_failure(error: Any) -> ParserFailure:

@@ -30,7 +30,7 @@ class CompiledKernels:
 
     sm: int
     cubin: bytes
-    """An ELF image that GPUs of compute capability `sm` load (and later minor ones of the same major)."""
+    """An ELF image that GPUs of compute capability `sm` load."""
     ptx: bytes
     """The same in PTX."""
 
@@ -106,6 +106,9 @@ def _nvrtc() -> ctypes.CDLL:
     failures = []
     for candidate in _candidates():
         try:
+            # NVRTC opens its builtins by their bare name when it compiles; in a wheel's folder nothing finds them.
+            for builtins in Path(candidate).parent.glob("libnvrtc-builtins.so.*") if "/" in candidate else ():
+                ctypes.CDLL(str(builtins))
             library = ctypes.CDLL(candidate)
         except OSError as error:
             failures.append(str(error))

@@ -18,7 +18,20 @@ from engines.tensorrt.layers import FusedLayer, rewritten_tensor
 from engines.tensorrt.quantized_graph import QuantizedGraph, float_source, node_name
 from engines.tensorrt.sums import concat_finding, float_add, residual_sums, unfused_add
 
-__all__ = ["predict_audit"]
+__all__ = ["is_tensorrt_bound", "predict_audit"]
+
+
+def is_tensorrt_bound(model: ir.Model) -> bool:
+    """Whether `model` is a graph for TensorRT: it quantizes activations to int8, or declares half precision.
+
+    A CPU form quantizes them to uint8 and keeps float32.
+    """
+    half = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    return any(
+        value.dtype in half or (node.op_type == "QuantizeLinear" and value.dtype == ir.DataType.INT8)
+        for node in model.graph
+        for value in node.outputs
+    )
 
 
 def predict_audit(model: ir.Model) -> AuditReport:
@@ -40,13 +53,9 @@ class _Audit:
             value.name: value
             for value in [*graph.graph.inputs, *(v for node in graph.nodes for v in node.outputs)]
         }
-        self._quantized = any(layer.precision == "int8" for layer in self._layers if layer.kind in COMPUTING)
-        narrow = {layer.precision for layer in self._layers if layer.kind in COMPUTING} & {
-            "int8",
-            "fp16",
-            "bf16",
-        }
-        self._mixed = bool(narrow)
+        precisions = {layer.precision for layer in self._layers if layer.kind in COMPUTING}
+        self._quantized = "int8" in precisions
+        self._mixed = precisions != {"fp32"}
         self._behind_a_layer: set[ir.Node] = set()
         for node in graph.nodes:
             sources = {value.producer() for value in node.inputs if value is not None}
@@ -174,10 +183,8 @@ class _Audit:
                 remedy = "let these readers take the quantized tensor too"
                 edit = Edit("insert_qdq", (name,), tuple(map(node_name, in_float)))
             else:
-                remedy, edit = (
-                    "quantize the input and the weight of the layer that writes it, if it has any",
-                    None,
-                )
+                remedy = "quantize the input and the weight of the layer that writes it, if it has any"
+                edit = None
             return Finding("reformat", layer.name, detail, remedy, edit)
         return Finding(
             "reformat",

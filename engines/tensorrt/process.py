@@ -54,6 +54,8 @@ def run_job(job: Job, report: Callable[[int, int], None]) -> Outcome:
                 process.stdin.write(job_to_json(job))
                 process.stdin.flush()
             for line in process.stdout:
+                if not line.endswith(b"\n"):
+                    break  # it died in the middle of a word
                 last = json.loads(line)
                 if last["event"] == "progress":
                     report(last["done"], last["total"])

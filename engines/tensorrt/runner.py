@@ -244,15 +244,11 @@ def _make_logger(api: TensorRtApi) -> tuple[deque[str], Any]:
     words: deque[str] = deque(maxlen=_N_LAST_WORDS)
     severe = (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR)
 
-    class Collector(trt.ILogger):  # type: ignore[misc, name-defined]  # found at run time
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
+    def collect(self: Any, severity: Any, message: str) -> None:
+        if severity in severe:
+            words.append(reason(Exception(message)))
+        if severity in (*severe, trt.ILogger.WARNING):
+            _log.debug("%s: %s", api.title, message)
 
-        def log(self, severity: Any, message: str) -> None:
-            if severity in severe:
-                words.append(reason(Exception(message)))
-                _log.debug("%s: %s", api.title, message)
-            elif severity == trt.ILogger.WARNING:
-                _log.debug("%s: %s", api.title, message)
-
-    return words, Collector()
+    # The base class is only known at run time.
+    return words, type("Collector", (trt.ILogger,), {"log": collect})()

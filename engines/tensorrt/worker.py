@@ -100,8 +100,28 @@ def _probe(job: ProbeJob) -> dict[str, Any]:
             f"{api.title} cannot load the plan: {' '.join(log.errors)[:1200] or 'no reason given'}"
         )
     inspector = engine.create_engine_inspector()
+    # Without a context whose shapes are set, the types of a free batch are "N/A due to dynamic shapes".
+    context = _context_at_optimum(api.module, engine)
+    inspector.execution_context = context
     information = inspector.get_engine_information(api.module.LayerInformationFormat.JSON)
     return {"inspector": information or None}
+
+
+def _context_at_optimum(trt: Any, engine: Any) -> Any:
+    """An execution context at the optimum of the first profile."""
+    context = engine.create_execution_context()
+    if context is None:
+        raise EngineError(
+            "the plan loads, but there is not enough GPU memory to run it; free some, or use a smaller batch"
+        )
+    for index in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(index)
+        if engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT and -1 in tuple(
+            engine.get_tensor_shape(name)
+        ):
+            _, optimum, _ = engine.get_tensor_profile_shape(name, 0)
+            context.set_input_shape(name, optimum)
+    return context
 
 
 def _read_plan(path: Path, sha256: str) -> bytes:

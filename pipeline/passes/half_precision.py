@@ -13,7 +13,7 @@ from pipeline.errors import CalibrationError
 from pipeline.passes.graph_pass import GraphPass, RewriteReport, Tolerance
 from pipeline.passes.linear import STANDARD_DOMAINS, describe, unused_name
 
-__all__ = ["HALF_MAX", "HalfType", "half_precision"]
+__all__ = ["HALF_MAX", "HalfType", "half_precision", "widen"]
 
 HalfType = Literal["float16", "bfloat16"]
 
@@ -91,6 +91,36 @@ def half_precision(half_type: HalfType) -> GraphPass:
         nudge=_NUDGES[half_type],
         worst=_WORST[half_type],
     )
+
+
+def widen(model: ir.Model) -> None:
+    """Make a half-precision graph a float32 one with the same constants, in place: for CPUs to execute.
+
+    Given::
+
+        y = Cast<float32>(Conv(Cast<float16>(x), W, b))      # W, b: float16
+
+    Result::
+
+        y = Cast<float32>(Conv(Cast<float32>(x), W, b))      # W, b: the same numbers in float32
+
+    CPU engines have no kernels for most operators in half precision, and those in bfloat16 not even a
+    way round (ONNX Runtime 1.32 refuses the graph, OpenVINO 2026.4 fails on its Q/DQ). A GPU's integer
+    convolution adds bias and identity in float32 and rounds once, to int8, so float32 is also the
+    closer of the two where Q/DQ stand.
+    """
+    halves = frozenset(_DATA_TYPES.values())
+    for value in model.graph.initializers.values():
+        if value.dtype in halves and value.const_value is not None:
+            wide = value.const_value.numpy().astype(np.float32)
+            value.const_value = ir.tensor(wide, name=value.name)
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in model.graph:
+        if node.op_type == "Cast" and node.attributes.get_int("to", 0) in halves:
+            node.attributes["to"] = ir.AttrInt64("to", int(ir.DataType.FLOAT))
+        for value in node.outputs:
+            if value.dtype in halves:
+                value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
 def _lower_constants(graph: ir.Graph, half_type: HalfType) -> int:

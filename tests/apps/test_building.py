@@ -10,35 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tinted import FACTORY, write_tinted_images
 
 from apps.building import build
 from apps.cli import main
 from apps.publishing import BuildRequest
 from pipeline.bundle import open_bundle
 from pipeline.errors import AccuracyGateError, DataError, EdgefoldError, UnsupportedError, UsageError
-
-FACTORY = '''
-import torch
-from torch import nn
-
-
-def classifier(num_classes=2):
-    """Tells the redder half of the images from the bluer: right by construction."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
-    )
-    with torch.no_grad():
-        model[0].weight.zero_()
-        model[0].weight[0, 0] = 1.0
-        model[0].weight[1, 2] = 1.0
-        model[5].weight.zero_()
-        model[5].bias.zero_()
-        model[5].weight[0, 0] = 1.0
-        model[5].weight[1, 1] = 1.0
-    return model
-'''
 
 
 @pytest.fixture
@@ -50,15 +28,7 @@ def model_py(tmp_path: Path) -> str:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """Twenty images, red ones and blue ones, with enough noise that INT8 has something to do."""
-    rng = np.random.default_rng(0)
-    for name, tint in (("a_red", (150, 60, 60)), ("b_blue", (60, 60, 150))):
-        folder = tmp_path / "images" / name
-        folder.mkdir(parents=True)
-        for i in range(10):
-            pixels = np.clip(rng.normal(tint, 40, (40, 48, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(folder / f"{i}.png")
-    return tmp_path / "images"
+    return write_tinted_images(tmp_path / "images")
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +65,30 @@ def test_a_users_own_model_becomes_a_judged_bundle(model_py: str, images: Path, 
     assert bundle.manifest.accuracy.fp32_top1 == 1.0
     assert bundle.manifest.accuracy.int8_top1 == 1.0
     assert list(tmp_path.glob(".bundle.tmp")) == []
+
+
+def test_calibration_images_among_those_judged_are_counted(
+    model_py: str, images: Path, tmp_path: Path
+) -> None:
+    outcome = build(request(model_py, images, tmp_path / "bundle"), quiet)
+    assert outcome.validation is not None
+    assert outcome.validation.notes[0].startswith(
+        "20 of the images judged are also among the 20 that the engine was calibrated on (a_red/0.png, "
+    )
+    rng = np.random.default_rng(9)
+    for file in (images / "a_red").iterdir():  # half of them replaced
+        pixels = np.clip(rng.normal((150, 60, 60), 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+        (tmp_path / "others" / "a_red").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "others" / "a_red" / file.name)
+    (tmp_path / "others" / "b_blue").mkdir()
+    (images / "b_blue" / "0.png").rename(tmp_path / "others" / "b_blue" / "moved.png")
+    (tmp_path / "others" / "b_blue" / "copy.png").write_bytes((images / "b_blue" / "1.png").read_bytes())
+    apart = build(
+        request(model_py, images, tmp_path / "apart", eval_data=str(tmp_path / "others")), quiet
+    ).validation
+    assert apart is not None
+    assert apart.notes[0].startswith("1 of the images judged are also among the 19")
+    assert "(b_blue/copy.png)" in apart.notes[0]
 
 
 def test_each_stage_takes_what_the_one_before_made(model_py: str, images: Path, tmp_path: Path) -> None:
@@ -137,7 +131,10 @@ def test_bad_requests_are_refused_before_any_work(model_py: str, images: Path, t
     out = tmp_path / "bundle"
     for changes, error, words in (
         ({"calib": None}, UsageError, "--calib"),
-        ({"target": "jetson-orin-nx"}, UnsupportedError, "cpu"),
+        ({"target": "jetson-orin-nx", "jetpack": "7.1"}, UnsupportedError, "sm_87"),
+        ({"target": "jetson-orin-nx", "engine": "openvino"}, UsageError, "TensorRT plan"),
+        ({"target": "jetson-xavier-nx"}, UnsupportedError, "JetPack"),
+        ({"target": "jetson-orin-nx", "dla": True, "precision": "fp16"}, UsageError, "--dla"),
         ({"precision": "fp16"}, UnsupportedError, "fp16"),
         ({"eval_data": None, "max_drop_points": 0.5}, UsageError, "--eval"),
         ({"engine": "tensorrt-9"}, UnsupportedError, "openvino"),

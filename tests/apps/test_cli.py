@@ -34,6 +34,26 @@ def test_an_error_is_one_line_on_standard_error(capfd: pytest.CaptureFixture[str
     assert "Traceback" not in captured.err
 
 
+FAULT = """
+import atexit, os
+from apps import cli
+from pipeline.errors import DeviceFaultError
+
+def fail(**_):
+    raise DeviceFaultError("CUDA error 700")
+
+atexit.register(os.abort)  # as pycuda does when it is unloaded with a dead context
+cli.app = fail
+cli.main([])
+"""
+
+
+def test_a_device_fault_ends_the_process_with_its_own_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-c", FAULT], capture_output=True, text=True, check=False)
+    assert done.returncode == 6
+    assert "CUDA error 700" in done.stderr
+
+
 def test_an_unknown_option_is_a_usage_error() -> None:
     with pytest.raises(SystemExit) as raised:
         main(["build", "inception_v3", "--no-such-option"])

@@ -99,7 +99,7 @@ def test_what_a_person_reads(tmp_path: Path, monkeypatch) -> None:
     text = captured.get()
     told = _run(*arguments)
     assert f"{told['low_ms']:.3g} to {told['high_ms']:.3g} ms" in text
-    for words in ("every layer taken for int8", "1 kernels", "+1", "Assumed", "transfers", "300 GB/s"):
+    for words in ("every layer taken for int8", "1 kernel;", "+1", "Assumed", "transfers", "300 GB/s"):
         assert words in text
 
 

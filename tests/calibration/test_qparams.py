@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from calibration.qparams import (
     asymmetric_uint8,
     dequantize,
+    half_scale,
     int32_bias,
     min_weight_scale,
     per_channel_int8,
@@ -18,7 +20,7 @@ from calibration.qparams import (
     representable_range,
     symmetric_int8,
 )
-from pipeline.artifacts import TensorRange
+from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.errors import CalibrationError
 
 BOUNDS = st.floats(-1e6, 1e6, width=32)
@@ -165,3 +167,28 @@ def test_a_bias_fits_in_half_of_int32_and_keeps_its_value(bias, input_scale, tin
 def test_a_bias_beyond_int32_is_refused():
     with pytest.raises(CalibrationError, match="does not fit in int32"):
         int32_bias(np.ones(1, np.float32), np.float32(1e-6), np.array([1e-6], np.float32))
+
+
+@pytest.mark.parametrize("half_type", ["float16", "bfloat16"])
+@given(values=st.lists(st.floats(1e-9, 6e4), min_size=1, max_size=8))
+def test_half_scales_are_the_next_value_up(half_type, values):
+    dtype = np.dtype(np.float16) if half_type == "float16" else ir.DataType.BFLOAT16.numpy()
+    wide = np.asarray(values, np.float32)
+    given_params = QuantParams(wide, np.zeros(len(values), np.int8), "int8", 0)
+    scale = half_scale(given_params, half_type).scale
+    assert scale.dtype == np.float32
+    assert np.array_equal(scale.astype(dtype).astype(np.float32), scale), "exact in the type"
+    assert (scale >= wide).all(), "nothing clips more"
+    below = np.nextafter(scale.astype(dtype), np.asarray(0, dtype)).astype(np.float32)
+    assert (below < wide).all(), "and no coarser than need be"
+
+
+def test_half_scales_that_are_exact_stay_and_those_too_large_are_refused():
+    def params(scale):
+        return QuantParams(np.asarray(scale, np.float32), np.asarray(0, np.int8), "int8")
+
+    assert half_scale(params(0.5), "float16").scale == 0.5
+    assert half_scale(params(2.0**-24), "float16").scale == 2.0**-24  # the smallest there is
+    with pytest.raises(CalibrationError, match="does not fit in float16; choose bfloat16"):
+        half_scale(params(7e4), "float16")
+    assert half_scale(params(7e4), "bfloat16").scale >= 7e4

@@ -4,13 +4,16 @@ import dataclasses
 import hashlib
 import json
 
+import numpy as np
 import pytest
+from tolerances import ENGINE_TF32_ATOL
 
 from engines import get_backend
 from engines.tensorrt import backend as backend_module
 from engines.tensorrt import builder
+from engines.tensorrt.api import load_api
 from engines.tensorrt.backend import BUILD_RECORD_NAME, INSPECTOR_NAME, TensorRtBackend
-from engines.tensorrt.device import DeviceIdentity
+from engines.tensorrt.device import DeviceIdentity, device_identity
 from engines.tensorrt.options import BatchProfile, TensorRtOptions
 from pipeline.artifacts import EngineOptions, Fingerprint
 from pipeline.contracts import EngineBackend
@@ -235,3 +238,30 @@ def test_hardware_compatible_plans_run_on_ampere_and_later(
         with pytest.raises(UnsupportedError, match="SM 75"):
             backend.load(artifact, EngineOptions())
     assert len(on_an_l4) == loads
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])
+def test_on_a_gpu(flavour, make_model, tmp_path):
+    """Built for the GPU that is here, inspected, loaded and run; a bit flipped, and it is refused."""
+    try:
+        api = load_api(flavour)
+        device = device_identity()
+    except UnsupportedError as error:
+        pytest.skip(str(error))
+    if api.has("compute_capabilities") and device.sm not in api.compute_capabilities:
+        pytest.skip(f"{api.title} does not compile for SM {device.sm}")
+    backend = TensorRtBackend(flavour)
+    artifact = backend.build(make_model(), tmp_path, EngineOptions())
+    assert artifact.fingerprint.device == device.name
+    assert artifact.fingerprint.capabilities == (f"sm_{device.sm}",)
+    assert json.loads((tmp_path / INSPECTOR_NAME).read_text())["Layers"]
+    x = np.random.default_rng(0).standard_normal((1, 3, 8, 8)).astype(np.float32)
+    with backend.load(artifact, EngineOptions()) as runner:
+        y = runner.infer({"x": x})["y"]
+    expected = np.maximum(x.sum(axis=1, keepdims=True), 0).repeat(4, axis=1)
+    np.testing.assert_allclose(y, expected, atol=ENGINE_TF32_ATOL)
+    plan = artifact.path.read_bytes()
+    artifact.path.write_bytes(plan[:-9] + bytes([plan[-9] ^ 1]) + plan[-8:])
+    with pytest.raises(IntegrityError):
+        backend.load(artifact, EngineOptions())

@@ -79,7 +79,7 @@ def test_without_gpu_an_sm_must_be_named(rtx, make_model, tmp_path):
 @pytest.mark.parametrize("sm", [89, 90])
 def test_with_a_gpu_it_is_built_for_that(rtx, make_model, tmp_path, monkeypatch, sm):
     monkeypatch.setattr(builder, "device_identity", lambda: DeviceIdentity("NVIDIA X", sm, "580", "13.0"))
-    monkeypatch.setattr(builder, "probe_plan", lambda api, path, sha256: '{"Layers": []}')
+    monkeypatch.setattr(builder, "_probe", lambda api, path, sha256, what: '{"Layers": []}')
     if sm == 90:  # Hopper, which TensorRT-RTX does not compile for
         with pytest.raises(UnsupportedError, match="does not compile for SM 90"):
             build_plan(rtx, make_model(), tmp_path / "p", TensorRtOptions(), quiet)
@@ -93,6 +93,17 @@ def test_a_plan_for_another_gpu_is_not_loaded_here(rtx, make_model, tmp_path, mo
     monkeypatch.setattr(builder, "device_identity", lambda: DeviceIdentity("NVIDIA X", 86, "580", "13.0"))
     built = build_plan(rtx, make_model(), tmp_path / "p", ADA, quiet)
     assert built.device is built.inspector is None
+
+
+def test_float32_matrix_products_are_not_compiled_for_turing(rtx, make_model, tmp_path):
+    model = make_model(
+        "g (float[1,8] x) => (float[1,8] y) { y = MatMul(x, w) }", w=np.eye(8, dtype=np.float32)
+    )
+    with pytest.raises(
+        EngineError, match=r"SM75\): FP32 GEMM is not supported.*build the fp16 or the int8 graph"
+    ):
+        build_plan(rtx, model, tmp_path / "p", TensorRtOptions(sms=(75,)), quiet)
+    assert build_plan(rtx, model, tmp_path / "p", ADA, quiet).compute_capabilities == (89,)
 
 
 def test_a_changed_model_is_not_parsed(rtx, make_model, tmp_path):
@@ -109,6 +120,15 @@ def test_an_old_plan_stays_where_a_build_fails(rtx, make_model, tmp_path):
     with pytest.raises(EngineError, match="Foo"):
         build_plan(rtx, model, tmp_path / "p", ADA, quiet)
     assert (tmp_path / "p").read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "p"}
+
+
+def test_a_folder_that_is_missing_or_a_target_that_is_one(rtx, make_model, tmp_path):
+    with pytest.raises(EngineError, match="cannot be written: No such file"):
+        build_plan(rtx, make_model(), tmp_path / "absent" / "p", ADA, quiet)
+    (tmp_path / "p").mkdir()
+    with pytest.raises(EngineError, match="cannot be written: Is a directory"):
+        build_plan(rtx, make_model(), tmp_path / "p", ADA, quiet)
     assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "p"}
 
 

@@ -46,7 +46,9 @@ def test_one_path_for_all_versions(fake_tensorrt, orin, make_model, tmp_path, ve
     assert built.version == version
     assert built.compute_capabilities == (87,)
     assert built.device == orin.name
-    assert built.inspector == '{"Layers": ["conv"]}'
+    assert built.inspector == '{"Layers": ["conv at [2, 3, 8, 8]"]}', (
+        "with the shapes of the profile's optimum"
+    )
     assert built.warnings == ("a warning",)
     assert [done for _, done, _ in reports] == [0, 250, 500, 750, 1000]
 
@@ -161,6 +163,15 @@ def test_what_is_no_plan_is_not_published(fake_tensorrt, orin, make_model, tmp_p
     with pytest.raises(EngineError, match="something that cannot be told to be a plan"):
         build_plan(fake_tensorrt(plan="foreign"), make_model(), tmp_path / "p", TensorRtOptions(), quiet)
     assert (tmp_path / "p").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize(("load", "words"), [("crash", "crashed with SIGSEGV"), ("refuse", "Version tag")])
+def test_a_plan_that_does_not_load_is_not_published(fake_tensorrt, orin, make_model, tmp_path, load, words):
+    (tmp_path / "p").write_bytes(b"old")
+    with pytest.raises(EngineError, match=rf"the new plan cannot be loaded by TensorRT 10\.3\.0: .*{words}"):
+        build_plan(fake_tensorrt(load=load), make_model(), tmp_path / "p", TensorRtOptions(), quiet)
+    assert (tmp_path / "p").read_bytes() == b"old"
+    assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx", "p"}
 
 
 def test_loading_is_tried_in_a_process_that_may_die(fake_tensorrt, orin, make_model, tmp_path):

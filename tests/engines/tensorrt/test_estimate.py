@@ -23,7 +23,7 @@ from engines.tensorrt.estimate import (
     estimate,
     estimate_layers,
 )
-from engines.tensorrt.fusion import FusedLayer
+from engines.tensorrt.layers import FusedLayer
 from pipeline.errors import UnsupportedError
 from pipeline.targets import Peaks, Target, find_target
 

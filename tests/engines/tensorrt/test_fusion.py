@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import onnx_ir as ir
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from onnx_text import onnx_model, weight
 from qdq_nets import QdqNet
 
 from engines.tensorrt.fusion import FusedLayer, predict_layers
+from engines.tensorrt.predict import predict_audit
 from pipeline.errors import UnsupportedError
 
 
@@ -218,19 +222,58 @@ def test_costs_are_those_of_one_image(batch: str | int) -> None:
     assert (layer.macs, layer.input_bytes, layer.weight_bytes) == (8 * 16 * 64, 2 * 16 * 64, 2 * (8 * 16 + 8))
 
 
-def test_every_node_is_in_exactly_one_layer() -> None:
-    net = QdqNet()
-    x = net.qdq("x", 0.1)
-    y = net.qdq(_residual(net, x, net.conv(net.qdq(net.conv(x, 16), 0.2), 16)), 0.3)
-    pooled = net.op("MaxPool", y, kernel_shape=[2, 2], strides=[2, 2])
-    parts = [
-        net.qdq(net.conv(pooled, 8), 0.4),
-        net.qdq(net.op("AveragePool", pooled, kernel_shape=[1, 1]), 0.5),
-    ]
-    joined = net.qdq(net.op("Concat", *parts, pooled, axis=1), 0.4)
-    model = net.model(net.op("Flatten", net.op("GlobalAveragePool", joined)), y)
-    names = Counter(name for layer in predict_layers(model) for name in layer.nodes)
+def _random_net(draw: st.DrawFn) -> ir.Model:
+    """Layers, sums, concatenations, pools and Q/DQ of two scales, on tensors of one size."""
+    net = QdqNet(size=4)
+    values = ["x"]
+    for _ in range(draw(st.integers(1, 14))):
+        value = draw(st.sampled_from(values))
+        choice = draw(
+            st.sampled_from(["qdq", "conv", "float", "relu", "add", "concat", "max", "average", "mul"])
+        )
+        if choice == "qdq":
+            value = net.qdq(value, draw(st.sampled_from([0.1, 0.2])))
+        elif choice in ("conv", "float"):
+            value = net.conv(value, 16, draw(st.sampled_from([1, 3])), int8=choice == "conv")
+        elif choice == "relu":
+            value = net.op("Relu", value)
+        elif choice == "add":
+            same = [other for other in values if net.channels[other] == net.channels[value]]
+            value = net.op("Add", value, draw(st.sampled_from(same)))
+        elif choice == "concat":
+            value = net.op("Concat", value, draw(st.sampled_from(values)), axis=1)
+        elif choice == "mul":
+            value = net.op("Mul", value, net.constant(0.5))
+        else:
+            op = "MaxPool" if choice == "max" else "AveragePool"
+            value = net.op(op, value, kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+        values.append(value)
+    outputs = {*net.unread(), *draw(st.lists(st.sampled_from(values[1:]), max_size=2))}
+    return net.model(*sorted(outputs))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_graph_is_covered_once_and_in_an_order_that_runs(data: st.DataObject) -> None:
+    model = _random_net(data.draw)
+    layers = predict_layers(model)
+    names = Counter(name for layer in layers for name in layer.nodes)
     assert names == Counter(node.name for node in model.graph)
+    place = {name: index for index, layer in enumerate(layers) for name in layer.nodes}
+    computing = [node for node in model.graph if node.op_type not in ("QuantizeLinear", "DequantizeLinear")]
+    for node in computing:
+        for value in node.inputs:
+            producer = None if value is None else value.producer()
+            if producer in computing:
+                assert place[producer.name] <= place[node.name]
+    for layer in layers:
+        assert min(layer.macs, layer.input_bytes, layer.weight_bytes, layer.output_bytes) >= 0
+        assert layer.kind == "noop" or layer.output_bytes > 0
+    report = predict_audit(model)
+    assert len(report.of("unfused_add", "float_add")) == report.adds.total - report.adds.clean
+    concats = report.of("concat_requantized", "concat_float", "concat_copied")
+    assert len(concats) == report.concats.total - report.concats.clean
+    assert {finding.layer for finding in report.findings} <= {layer.name for layer in layers}
 
 
 def test_scales_must_be_one_constant_a_tensor() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from qdq_nets import QdqNet
+from tensorrt_rtx_logs import build_log
 
 from engines.tensorrt.audit import AuditReport, check_int8, report_from_json, report_to_json, require_int8
 from engines.tensorrt.fusion import predict_layers
@@ -232,27 +233,8 @@ def test_tensorrt_rtx_build_log_as_recorded() -> None:
 
 
 def test_tensorrt_rtx_as_it_compiles_here() -> None:
-    trt = pytest.importorskip("tensorrt_rtx")
-    lines: list[str] = []
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: object, message: str) -> None:
-            lines.append(message)
-
-    log = Log()
-    builder = trt.Builder(log)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     model = rtx_net()
-    assert trt.OnnxParser(network, log).parse(ir.serde.serialize_model(model).SerializeToString())
-    config = builder.create_builder_config()
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    config.num_compute_capabilities = 1
-    assert config.set_compute_capability(trt.ComputeCapability.SM89, 0)
-    assert builder.build_serialized_network(network, config) is not None
-    _check_rtx(audit_build_log("\n".join(lines), model))
+    _check_rtx(audit_build_log(build_log(model), model))
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,24 @@ def test_a_job_that_cannot_be_read(monkeypatch, tmp_path):
     assert "exit code 1; it last wrote:" in str(outcome.error)
 
 
+def test_a_death_in_the_middle_of_a_word(monkeypatch, tmp_path):
+    code = 'import os; os.write(1, b\'{"event": "prog\'); os.kill(os.getpid(), 11)'
+    monkeypatch.setattr("engines.tensorrt.process._BOOTSTRAP", code)
+    outcome = run_job(ProbeJob("tensorrt", tmp_path / "p", "0" * 64), quiet)
+    assert "crashed with SIGSEGV" in str(outcome.error)
+
+
+def test_a_full_disk(fake_tensorrt, make_model, tmp_path):
+    fake_tensorrt()
+    model = make_model()
+    full = tmp_path / "plan"
+    full.symlink_to("/dev/full")
+    job = BuildJob("tensorrt", model.path, model.sha256, full, TensorRtOptions(), None)
+    outcome = run_job(job, quiet)
+    assert isinstance(outcome.error, EngineError)
+    assert "writing the plan failed: No space left on device" in str(outcome.error)
+
+
 class _CancelledError(Exception):
     pass
 

@@ -263,7 +263,7 @@ class TestFaults:
     def test_a_fault_that_tensorrt_only_calls_a_failure(self, bench):
         """`execute_async_v3` returns False; the device says that it is a fault."""
         with bench.runner() as runner:
-            bench.device.sticky = 719
+            bench.library.fault_next = 719
             with pytest.raises(DeviceFaultError, match="LAUNCH_FAILED"):
                 bench.check(runner)
 

@@ -240,15 +240,50 @@ class Builder:
         return IHostMemory(b"ftrt" + bytes(60) + json.dumps(told).encode())
 
 
+class TensorIOMode(enum.IntEnum):
+    NONE = 0
+    INPUT = 1
+    OUTPUT = 2
+
+
 class EngineInspector:
+    execution_context = None
+
     def get_engine_information(self, format):
         assert format == LayerInformationFormat.JSON
-        return '{"Layers": ["conv"]}'
+        shapes = {} if self.execution_context is None else self.execution_context.shapes
+        return json.dumps({"Layers": [f"conv at {shapes.get('x', 'N/A due to dynamic shapes')}"]})
+
+
+class IExecutionContext:
+    def __init__(self):
+        self.shapes = {}
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = list(shape)
+        return True
 
 
 class ICudaEngine:
+    num_io_tensors = 2
+
     def create_engine_inspector(self):
         return EngineInspector()
+
+    def create_execution_context(self):
+        return None if _WANTED.get("load") == "no memory" else IExecutionContext()
+
+    def get_tensor_name(self, index):
+        return ("x", "y")[index]
+
+    def get_tensor_mode(self, name):
+        return TensorIOMode.INPUT if name == "x" else TensorIOMode.OUTPUT
+
+    def get_tensor_shape(self, name):
+        return (-1, 3, 8, 8)
+
+    def get_tensor_profile_shape(self, name, profile):
+        return [(1, 3, 8, 8), (2, 3, 8, 8), (4, 3, 8, 8)]
 
     if _V >= (10, 13):
 

@@ -1,0 +1,320 @@
+"""What the CUDA kernel does, worked out on the CPU once for a frame size: taps, weights, tiles.
+
+The kernel must give the pixels of `pipeline.preprocess`, which are Pillow's. With antialiasing, Pillow filters
+along one axis and then along the other, with weights of 22 fractional bits, and rounds to bytes in between; the same
+integers are computed here (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` of Pillow's ``Resample.c``), so that
+the result is equal bit for bit but where a sine of ours rounds otherwise. Which axis comes first depends on
+Pillow's version, and on noise the two orders differ by a level, or by twenty where one axis shrinks and
+the other grows: `_rows_first` asks the Pillow that is installed. ``nearest`` is the case of one tap. Without
+antialiasing, Pillow's affine transform interpolates in double and truncates (``Geometry.c``), and so does the kernel:
+in float a value that is a whole number would often fall a level short. GPUs for graphics are slow at double, but
+it is a few dozen operations for each of the network's pixels.
+
+Only the crop is computed, and nothing outside of what its pixels need is read.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pipeline.artifacts import PixelFormat, PreprocessSpec
+from pipeline.errors import DataError
+from pipeline.preprocess import affine, crop_start, resized_hw
+
+__all__ = ["CameraFormat", "KernelPlan", "YuvMatrix", "bytes_per_pixel", "make_plan"]
+
+CameraFormat = PixelFormat | Literal["NV12"]
+"""``NV12``: a plane of luma, then one of half the size with U and V in turns; what Jetson's cameras deliver."""
+
+YuvMatrix = Literal["bt601", "bt709"]
+"""How NV12 encodes colour, both in limited range (luma 16 to 235). Cameras and SD video: BT.601; HD video: BT.709."""
+
+_PIXEL_BYTES: dict[str, tuple[int, str]] = {
+    "RGB": (3, "RGB"),
+    "BGR": (3, "BGR"),
+    "RGBA": (4, "RGB"),
+    "BGRA": (4, "BGR"),
+    "GRAY": (1, "GRAY"),
+}
+_MIN_SIDE = 2
+_FRACTION_BITS = 22
+_THREADS = 256
+_SHARED_LIMIT_BYTES = 48 << 10
+"""What every GPU gives a block without being asked for more."""
+_TILES_HW = ((8, 32), (4, 32), (4, 16), (2, 16), (2, 8), (1, 8), (1, 4), (1, 1))
+"""Output pixels of a block, best first (not timed on a GPU yet). Smaller ones are for frames shrunk so far that the
+source rows of a large tile do not fit into shared memory."""
+
+# Times 2^20: Y, V→R, U→G, V→G, U→B. BT.601 has OpenCV's own integers (1.164, 1.596, −0.391, −0.813, 2.018), so that
+# a frame which `cv2.cvtColor` converts gives the same pixels. BT.709 follows from Kr = 0.2126, Kb = 0.0722 [ITU-R
+# BT.709-6, 3.2 and 3.4] with 219 levels of luma and 224 of chroma.
+_YUV: dict[str, tuple[int, ...]] = {
+    "bt601": (1220542, 1673527, -409993, -852492, 2116026),
+    "bt709": tuple(
+        round(factor * 2**20)
+        for factor in (
+            255 / 219,
+            255 / 224 * 2 * (1 - 0.2126),
+            -255 / 224 * 2 * (1 - 0.0722) * 0.0722 / 0.7152,
+            -255 / 224 * 2 * (1 - 0.2126) * 0.2126 / 0.7152,
+            255 / 224 * 2 * (1 - 0.0722),
+        )
+    ),
+}
+
+_Taps = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
+"""For each output position: the first source position, how many follow, and their weights (positions × taps)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelPlan:
+    """One launch of the kernel for frames of one size."""
+
+    kernel: Literal["resample_filtered", "resample_neighbours"]
+    words: NDArray[np.int32]
+    """``struct Plan`` of ``preprocess.cu`` with its tables."""
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+    output_bytes: int
+
+
+def make_plan(
+    spec: PreprocessSpec,
+    frame_hw: tuple[int, int],
+    pixel_format: CameraFormat,
+    *,
+    color: Literal["RGB", "BGR"],
+    folded: bool,
+    yuv: YuvMatrix,
+) -> KernelPlan:
+    """Plan the kernel for one size of frame.
+
+    Args:
+        spec: the preprocessing.
+        frame_hw: height and width of the frames.
+        pixel_format: of the frames.
+        color: the channel order that the graph takes.
+        folded: the graph takes uint8 NHWC pixels; else float32, normalized, in ``spec.layout``.
+        yuv: the matrix of NV12 frames.
+
+    Raises:
+        DataError: a format or size that cannot be, or a spec that does not fit the frame; as
+            `pipeline.preprocess.to_network_pixels`.
+    """
+    source_h, source_w = frame_hw
+    _check_frame(source_h, source_w, pixel_format)
+    target_h, target_w = spec.input_hw
+    neighbours = not spec.antialias and spec.interpolation != "nearest" and spec.resize != "none"
+    across, down = _axes(spec, source_h, source_w, neighbours)
+    rows_first = not neighbours and _rows_first(spec, source_h, source_w)
+    tile_h, tile_w, starts, counts, shared_bytes = _tiles(across, down, rows_first, neighbours, frame_hw)
+    scale, shift = affine(spec)
+    header = [
+        source_h, source_w, int(pixel_format == "NV12"), *_channels(pixel_format, color), *_YUV[yuv],
+        target_h, target_w, across[2].shape[1], down[2].shape[1], tile_h, tile_w, int(rows_first),
+        0 if folded else 1 if spec.layout == "NHWC" else 2,
+    ]  # fmt: skip
+    floats = np.concatenate([scale, shift]).astype(np.float32)
+    tables = [table.ravel() for table in (*across, *down, starts, counts)]
+    return KernelPlan(
+        kernel="resample_neighbours" if neighbours else "resample_filtered",
+        words=np.concatenate([np.array(header, np.int32), floats.view(np.int32), *tables]).astype(np.int32),
+        grid=(math.ceil(target_w / tile_w), math.ceil(target_h / tile_h), 1),
+        block=(_THREADS, 1, 1),
+        shared_bytes=shared_bytes,
+        output_bytes=target_h * target_w * 3 * (1 if folded else 4),
+    )
+
+
+def bytes_per_pixel(pixel_format: CameraFormat) -> int:
+    """Bytes from one pixel of a row to the next; of the luma where there are planes."""
+    return 1 if pixel_format == "NV12" else _PIXEL_BYTES[pixel_format][0]
+
+
+def _check_frame(height: int, width: int, pixel_format: str) -> None:
+    if pixel_format != "NV12" and pixel_format not in _PIXEL_BYTES:
+        raise DataError(f"unknown pixel format {pixel_format!r}; known: {', '.join([*_PIXEL_BYTES, 'NV12'])}")
+    if min(height, width) < _MIN_SIDE:
+        raise DataError(f"a frame of {width}×{height} pixels is no image; the source is broken")
+    if pixel_format == "NV12" and (height % 2 or width % 2):
+        raise DataError(f"an NV12 frame of {width}×{height} cannot be: its sides are even")
+
+
+def _channels(pixel_format: str, color: str) -> list[int]:
+    """``pixel_bytes`` and ``channel`` of the plan."""
+    if pixel_format == "NV12":
+        return [1, *("RGB".index(letter) for letter in color)]
+    n_bytes, letters = _PIXEL_BYTES[pixel_format]
+    return [n_bytes, *(0 if letters == "GRAY" else letters.index(letter) for letter in color)]
+
+
+def _axes(spec: PreprocessSpec, height: int, width: int, neighbours: bool) -> tuple[_Taps, _Taps]:
+    """The taps of columns and of rows."""
+    target_h, target_w = spec.input_hw
+    if spec.resize == "none":
+        if (height, width) != (target_h, target_w):
+            raise DataError(
+                f"a frame is {width}×{height}, the network takes {target_w}×{target_h} and its preprocessing "
+                "does not resize: set the camera to that size, or set resize in the --preprocess file"
+            )
+        return _identity(width), _identity(height)
+    if neighbours and spec.interpolation == "lanczos":
+        raise DataError("lanczos interpolation exists only with antialias=true; use bicubic or set antialias")
+    resized_h, resized_w = resized_hw(height, width, spec)
+    if min(resized_h, resized_w) < 1:
+        raise DataError(
+            f"a frame of {width}×{height} would be resized to {resized_w}×{resized_h}; correct input_hw or "
+            "crop_fraction in the --preprocess file"
+        )
+    left, top = crop_start(resized_w, target_w), crop_start(resized_h, target_h)
+    if neighbours:
+        n_taps = 2 if spec.interpolation == "bilinear" else 4
+        return (
+            _neighbours(width, resized_w, left, target_w, n_taps),
+            _neighbours(height, resized_h, top, target_h, n_taps),
+        )
+    make = _nearest if spec.interpolation == "nearest" else _filtered(spec.interpolation)
+    return (
+        _cropped(make(width, resized_w), left, target_w),
+        _cropped(make(height, resized_h), top, target_h),
+    )
+
+
+def _identity(size: int) -> _Taps:
+    ones = np.ones(size, np.int32)
+    return np.arange(size, dtype=np.int32), ones, np.full((size, 1), 1 << _FRACTION_BITS, np.int32)
+
+
+def _nearest(size: int, resized: int) -> _Taps:
+    step = size / resized
+    # Pillow adds up the steps; a product would round otherwise.
+    positions = np.add.accumulate(np.array([step * 0.5, *[step] * (resized - 1)]))
+    _, ones, weights = _identity(resized)
+    return np.minimum(positions.astype(np.int32), size - 1), ones, weights
+
+
+def _filtered(interpolation: str) -> Callable[[int, int], _Taps]:
+    function, reach = _FILTERS[interpolation]
+
+    def make(size: int, resized: int) -> _Taps:
+        if size == resized:  # Pillow leaves such an axis alone
+            return _identity(size)
+        scale = size / resized
+        stretch = max(scale, 1.0)
+        support = reach * stretch
+        centers = (np.arange(resized) + 0.5) * scale
+        first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
+        last = np.minimum((centers + support + 0.5).astype(np.int64), size)
+        offsets = np.arange(math.ceil(support) * 2 + 1)
+        distances = (offsets + first[:, np.newaxis] - centers[:, np.newaxis] + 0.5) * (1.0 / stretch)
+        weights = np.where(offsets < (last - first)[:, np.newaxis], function(distances), 0.0)
+        totals = np.add.accumulate(weights, axis=1)[:, -1:]  # one after the other, as Pillow adds
+        weights = np.divide(weights, totals, out=weights, where=totals != 0)
+        fixed = np.trunc(np.where(weights < 0, -0.5, 0.5) + weights * (1 << _FRACTION_BITS))
+        return first.astype(np.int32), (last - first).astype(np.int32), fixed.astype(np.int32)
+
+    return make
+
+
+def _bilinear(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.maximum(1.0 - np.abs(x), 0.0)
+
+
+def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    a, x = -0.5, np.abs(x)
+    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
+    far = (((x - 5) * x + 8) * x - 4) * a
+    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
+
+
+def _lanczos(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where((x >= -3.0) & (x < 3.0), np.sinc(x) * np.sinc(x / 3), 0.0)
+
+
+_FILTERS: dict[str, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], float]] = {
+    "bilinear": (_bilinear, 1.0),
+    "bicubic": (_bicubic, 2.0),
+    "lanczos": (_lanczos, 3.0),
+}
+"""Each filter with its reach in pixels of the smaller image."""
+
+
+def _cropped(taps: _Taps, start: int, length: int) -> _Taps:
+    """The taps of `length` positions from `start`; outside of the image there are none."""
+    first, count, weights = taps
+    wanted = np.arange(start, start + length)
+    inside = (wanted >= 0) & (wanted < len(first))
+    index = np.clip(wanted, 0, len(first) - 1)
+    return (
+        first[index],
+        np.where(inside, count[index], 0).astype(np.int32),
+        weights[index],
+    )
+
+
+def _neighbours(size: int, resized: int, start: int, length: int, n_taps: int) -> _Taps:
+    """Where the interpolated positions begin (perhaps outside: the kernel clamps), and their fractions as words."""
+    step = size / resized
+    positions = (np.arange(length) + 0.5) * step + start * step
+    inside = (positions >= 0.0) & (positions < size)
+    centers = positions - 0.5
+    first = np.floor(centers)
+    words = np.zeros((length, n_taps), np.int32)
+    words[:, :2] = (centers - first).view(np.int32).reshape(length, 2)
+    first = np.clip(first - (n_taps // 2 - 1), -n_taps, size)
+    return first.astype(np.int32), np.where(inside, n_taps, 0).astype(np.int32), words
+
+
+def _rows_first(spec: PreprocessSpec, height: int, width: int) -> bool:
+    """Whether Pillow filters vertically before it filters horizontally."""
+    if spec.resize == "none" or spec.interpolation == "nearest" or not _pillow_orders_by_size():
+        return False
+    resized_h, resized_w = resized_hw(height, width, spec)
+    # ImagingResampleInner of Pillow 13: where the height loses more than twice what the width loses.
+    return height > resized_h and height - resized_h > 2 * (width - resized_w)
+
+
+@functools.cache
+def _pillow_orders_by_size() -> bool:
+    """Whether this Pillow has the rule of `_rows_first`; older ones always begin with the horizontal pass.
+
+    A white pixel among black ones, two rows to one and two columns to six. Horizontally first, the overshoot beside
+    the edge is cut off at white, whose half is 128; vertically first, it is one of gray and stays (141).
+    """
+    image = Image.fromarray(np.array([[255, 0], [0, 0]], np.uint8))
+    return int(np.asarray(image.resize((6, 1), Image.Resampling.BICUBIC)).max()) > 128
+
+
+def _tiles(
+    across: _Taps, down: _Taps, rows_first: bool, neighbours: bool, frame_hw: tuple[int, int]
+) -> tuple[int, int, NDArray[np.int32], NDArray[np.int32], int]:
+    """A block's tile (height, width), the part of the source each row or column of tiles uses, and its shared memory.
+
+    The part is of the axis filtered last: the pixels between the passes are kept in shared memory.
+    """
+    first, count, _ = across if rows_first else down
+    for tile_h, tile_w in _TILES_HW:
+        along, aside = (tile_w, tile_h) if rows_first else (tile_h, tile_w)
+        starts, counts = [], []
+        for begin in range(0, len(first), along):
+            inside = count[begin : begin + along] > 0
+            starts_here = first[begin : begin + along][inside]
+            ends_here = starts_here + count[begin : begin + along][inside]
+            starts.append(int(starts_here.min()) if inside.any() else 0)
+            counts.append(int(ends_here.max()) - starts[-1] if inside.any() else 0)
+        shared_bytes = 0 if neighbours else max(counts) * aside * 3
+        if shared_bytes <= _SHARED_LIMIT_BYTES:
+            return tile_h, tile_w, np.array(starts, np.int32), np.array(counts, np.int32), shared_bytes
+    raise DataError(
+        f"frames of {frame_hw[1]}×{frame_hw[0]} cannot be shrunk to {len(across[0])}×{len(down[0])} in one step on "
+        f"the GPU: one output pixel needs {max(counts)} source pixels along one axis; set the camera to a smaller size"
+    )
