@@ -92,7 +92,10 @@ def channel_ranges(
             if rank > 2:
                 axes = ir.tensor(np.arange(2, rank, dtype=np.int64), name=f"edgefold_axes_{index}_{op_type}")
                 initializer = ir.Value(
-                    name=axes.name, type=ir.TensorType(axes.dtype), shape=axes.shape, const_value=axes
+                    name=axes.name,
+                    type=ir.TensorType(axes.dtype),
+                    shape=ir.Shape([rank - 2]),
+                    const_value=axes,
                 )
                 probe.graph.initializers[axes.name or ""] = initializer
                 inputs.append(initializer)

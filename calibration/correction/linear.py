@@ -90,7 +90,8 @@ class LinearLayer:
         flat = np.concatenate([rng.choice(size, per_image, replace=False) for _ in images])
         image = np.repeat(images, per_image)
         at = np.unravel_index(flat, spatial)
-        y = outputs[(image, slice(None), *at)]
+        where: tuple[Any, ...] = (image, slice(None), *at)
+        y = outputs[where]
         return Samples(self._patches(inputs, params, image, at), _grouped(y, self.n_groups))
 
     def _patches(
@@ -113,7 +114,8 @@ class LinearLayer:
             for i, size in zip(index, sizes, strict=True):
                 inside &= (i >= 0) & (i < size)
             kept = [i.clip(0, size - 1) for i, size in zip(index, sizes, strict=True)]
-            values = _real(inputs[(image, slice(None), *kept)], params)
+            where: tuple[Any, ...] = (image, slice(None), *kept)
+            values = _real(inputs[where], params)
             values[~inside] = 0.0
             patches[:, :, tap] = values
         return _grouped(patches.reshape(len(image), -1), self.n_groups)

@@ -162,10 +162,10 @@ class _Run:
         original = self._constant(point.weight)
         bias_name = _bias_name(node)
         bias = None if bias_name is None else self._constant(bias_name)
-        params = weight_params(original, point, self._placement, self._smallest_scale(point, node))
         linear = self._linear(node, point)
         if isinstance(linear, str):
             self.skipped.append((point.consumer.node, linear))
+            params = weight_params(original, point, self._placement)
             _write(self._graph, point.weight, dequantize(quantize(original, params), params))
             return
         outputs = self._reference.advance(point.consumer.node)
@@ -176,6 +176,9 @@ class _Run:
         if "ranges" in self._corrections:
             self._search_input_range(node, linear, weights, offset, outputs)
         inputs, grid = self._input(node)
+        # Below this a channel's bias would not fit in int32, where the placement stores it so.
+        smallest = min_weight_scale(bias, grid.scale) if bias is not None and point.bias and grid else 0.0
+        params = weight_params(original, point, self._placement, smallest)
         layer = _Layer(
             weights,
             params.scale.astype(np.float64).reshape(channels),
@@ -257,8 +260,11 @@ class _Run:
     ) -> None:
         """Choose the grid of the layer's input before anything is quantized with it."""
         restore = None if node.inputs[0] is None else node.inputs[0].producer()
-        point = None if restore is None else self._own_grid.get(node.inputs[0].name or "")
-        if restore is None or point is None or self._quantized.is_done(restore.inputs[0]):
+        quantizer = None if restore is None or restore.inputs[0] is None else restore.inputs[0].producer()
+        if restore is None or quantizer is None or quantizer.inputs[0] is None:
+            return
+        point = self._own_grid.get(quantizer.inputs[0].name or "")
+        if point is None or self._quantized.is_done(restore.inputs[0]):  # another reader has chosen
             return
         inputs = self._quantized.advance(point.tensor)
         fit, held = (
@@ -311,13 +317,6 @@ class _Run:
             if value is not None and len(value.uses()) > 1:
                 return f"its constant {value.name!r} is shared with another layer"
         return linear_layer(node, point)
-
-    def _smallest_scale(self, point: WeightPoint, node: ir.Node) -> NDArray[np.float64] | float:
-        """Below this a channel's bias would not fit in int32, where the placement stores it so."""
-        if point.bias is None:
-            return 0.0
-        _, grid = self._input(node)
-        return 0.0 if grid is None else min_weight_scale(self._constant(point.bias), grid.scale)
 
     def _node(self, name: str) -> ir.Node:
         node = self._values[name].producer()

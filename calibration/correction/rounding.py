@@ -61,7 +61,8 @@ class Moments:
 
 def best_bias(weights: Array, seen: Moments) -> Array:
     """The bias ``[G, O]`` at which `weights` ``[G, O, K]`` give every output channel the mean it should have."""
-    return seen.output_mean - (weights @ seen.input_mean[:, :, None])[:, :, 0]
+    bias: Array = seen.output_mean - (weights @ seen.input_mean[:, :, None])[:, :, 0]
+    return bias
 
 
 def moments(samples: Samples, fixed_bias: Array | None = None, second: bool = True) -> Moments:
@@ -107,7 +108,8 @@ def best_weights(weights: Array, seen: Moments, ridge: float) -> Array:
     h, b = seen.input_covariance, seen.cross_covariance
     original = weights.transpose(0, 2, 1)
     moved = np.linalg.solve(_ridged(h, ridge), b - h @ original)
-    return (original + moved).transpose(0, 2, 1)
+    best: Array = (original + moved).transpose(0, 2, 1)
+    return best
 
 
 def round_adaptively(weights: Array, scale: Array, seen: Moments, ends: NDArray[np.bool_]) -> Array:
@@ -144,7 +146,8 @@ def at_the_ends(weights: Array, scale: Array) -> NDArray[np.bool_]:
 
     Scales are float32: the largest weight of a channel is 127 steps but for 1e-7.
     """
-    return np.abs(weights) > (_LIMIT - 1e-4) * scale[:, :, None]
+    ends: NDArray[np.bool_] = np.abs(weights) > (_LIMIT - 1e-4) * scale[:, :, None]
+    return ends
 
 
 def _ridged(h: Array, ridge: float) -> Array:

@@ -127,6 +127,23 @@ def test_each_by_itself_is_recorded_layer_by_layer(model, tmp_path, correction):
             assert verdict == ("kept" if after_db >= before_db else "undone")
 
 
+def test_ranges_are_searched_for_inputs_with_a_grid_of_their_own(model, tmp_path):
+    _, plain, _ = run(model, tmp_path / "plain.onnx", ())
+    _, searched, record = run(model, tmp_path / "int8.onnx", ("ranges",))
+    judged = [entry[0] for entry in record.checks["corrected_layers"]]
+    assert judged.count("d") == judged.count("t") == 2, "the input's grid and the weight's"
+    assert judged.count("c") == 1, "pixels are exact: the weight's only"
+    assert judged.count("logits") == 1, "what a Flatten reads and returns has one grid"
+    changed = {name for name in plain.ranges if plain.ranges[name] != searched.ranges[name]}
+    assert changed
+    assert changed <= {"r", "s"}
+    stored = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "int8.onnx").graph.initializer
+    }
+    for name in ("r", "s"):
+        assert stored[f"{name}_scale"] == pytest.approx(searched.ranges[name].high / 255, rel=1e-5)
+
+
 def test_none_at_all_is_plain_rounding(model, tmp_path):
     quantized, table, record = run(model, tmp_path / "int8.onnx", ())
     again, _ = apply_table(model, table, "cpu", tmp_path / "again.onnx")
