@@ -136,9 +136,10 @@ def round_adaptively(weights: Array, scale: Array, seen: Moments, ends: NDArray[
     b = h @ target
     q = _round_in_turn(h, target, scale, low, high)
     _descend(q, h, b, scale, low, high)
-    result = np.empty_like(q)
+    result: Array = np.empty_like(q)
     result[:, order] = q
-    return result.transpose(0, 2, 1)
+    chosen: Array = result.transpose(0, 2, 1)
+    return chosen
 
 
 def at_the_ends(weights: Array, scale: Array) -> NDArray[np.bool_]:
@@ -156,7 +157,7 @@ def _ridged(h: Array, ridge: float) -> Array:
     The tiny second term keeps inputs that never vary (dead channels) solvable: they stay where they are.
     """
     variance = np.diagonal(h, axis1=1, axis2=2)
-    result = h.copy()
+    result: Array = h.copy()
     diagonal = np.arange(h.shape[1])
     result[:, diagonal, diagonal] += (
         ridge * variance + 1e-9 * variance.mean(axis=1, keepdims=True) + np.finfo(np.float32).tiny
@@ -168,7 +169,7 @@ def _round_in_turn(h: Array, target: Array, step: Array, low: Array, high: Array
     """Step 2 of the module's docstring; ``[G, K, O]``."""
     remaining = target.copy()
     factor = np.linalg.cholesky(np.linalg.inv(h)).transpose(0, 2, 1)
-    q = np.empty_like(remaining)
+    q: Array = np.empty_like(remaining)
     n = h.shape[1]
     for start in range(0, n, _BLOCK):
         end = min(start + _BLOCK, n)
