@@ -83,6 +83,14 @@ def build_command(
     ] = False,
     precision: Annotated[_Precision, typer.Option(help="Of the engine.")] = _Precision.int8,
     calibrator: Annotated[_Calibrator, typer.Option(help="How ranges are chosen.")] = _Calibrator.percentile,
+    corrections: Annotated[
+        str | None,
+        typer.Option(
+            help="What is done against the loss: equalize, ranges, bias, adaround, with commas between, or none. "
+            "By default all that paid everywhere: ranges,bias,adaround.",
+            show_default=False,
+        ),
+    ] = None,
     calib_limit: Annotated[int, typer.Option(min=1, help="At most this many images of --calib.")] = 128,
     eval_limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many images of --eval.", show_default=False)
@@ -127,6 +135,7 @@ def build_command(
         dla=dla,
         precision=precision.value,
         calibrator=calibrator.value,
+        corrections=corrections,
         calib_limit=calib_limit,
         eval_limit=eval_limit,
         input_size=input_size,

@@ -111,6 +111,7 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
 
 
 def _check(request: BuildRequest) -> Preflight:
+    from calibration.correction import parse_corrections
     from pipeline.targets import find_target, preflight
 
     checked = preflight(
@@ -127,6 +128,12 @@ def _check(request: BuildRequest) -> Preflight:
     elif request.engine is not None:
         raise UsageError(
             f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
+        )
+    parse_corrections(request.corrections)
+    if request.corrections is not None and checked.target.family != "cpu":
+        raise UsageError(
+            f"--corrections is for CPU targets: the candidates for {checked.target.name} share their weights with "
+            "half precision and are not corrected; leave it out"
         )
     if request.precision == "int8" and request.calib is None:
         raise UsageError(
@@ -198,12 +205,17 @@ def open_quantizer(
 ) -> tuple[StaticQuantizer, Batches]:
     """The quantizer that the request names, and the passes over its images."""
     from apps.cache import cache_dir
+    from calibration.correction import parse_corrections
     from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
-        request.calibrator, placement, runner_factory=fp32_runner, cache_dir=cache_dir("calibration")
+        request.calibrator,
+        placement,
+        runner_factory=fp32_runner,
+        cache_dir=cache_dir("calibration"),
+        corrections=parse_corrections(request.corrections),
     )
     passes = batches(
         dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES

@@ -158,7 +158,7 @@ def build_ours(model: str, folder: Path, given: argparse.Namespace) -> None:
         work_dir=folder,
         bundle_dir=folder,
         calibration=Calibration(
-            StaticQuantizer(given.calibrator, placement="cpu", runner_factory=fp32_runner, cache_dir=None),
+            StaticQuantizer(given.calibrator, runner_factory=fp32_runner, corrections=()),
             passes,
             dataset.sha256,
         ),

@@ -69,7 +69,7 @@ def make_graphs(name: str, images: str, folder: Path) -> dict[str, ModelArtifact
     exported = export_resolved(resolved, folder / "exported.onnx")
     folded, _ = fold(exported, folder / "folded.onnx", input_color="BGR", progress=_quiet)
     dataset = open_dataset(images)
-    quantizer = StaticQuantizer("minmax", "tensorrt", runner_factory=fp32_runner)
+    quantizer = StaticQuantizer("minmax", "tensorrt", runner_factory=fp32_runner, corrections=())
     passes = batches(dataset, folded.preprocess, "BGR", 1)
     statistics, _ = quantizer.statistics(folded, passes, dataset.sha256, _quiet)
     forms = TensorRTForms(folded, derive_table(statistics, "minmax"))

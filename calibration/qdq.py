@@ -11,20 +11,18 @@ from numpy.typing import NDArray
 
 from calibration.placement import ActivationPoint, Edge, Placement, WeightPoint
 from calibration.qparams import (
-    asymmetric_uint8,
+    ACTIVATION_FORMS,
     half_scale,
     int32_bias,
     min_weight_scale,
     per_channel_int8,
     quantize,
-    symmetric_int8,
 )
 from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.errors import CalibrationError
 
 __all__ = ["activation_params", "insert_qdq", "weight_params"]
 
-_FORMS = {"asymmetric_uint8": asymmetric_uint8, "symmetric_int8": symmetric_int8}
 _PIXEL = QuantParams(np.asarray(1.0, np.float32), np.asarray(0, np.uint8), "uint8")
 
 
@@ -72,7 +70,7 @@ def activation_params(
     covered = [ranges[name] for name in point.sources]
     hull = TensorRange(min(r.low for r in covered), max(r.high for r in covered))
     try:
-        return _representable(_FORMS[placement.activation_form](hull), placement)
+        return _representable(ACTIVATION_FORMS[placement.activation_form](hull), placement)
     except CalibrationError as error:
         raise CalibrationError(f"tensor {point.tensor!r}: {error}") from error
 

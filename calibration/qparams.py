@@ -13,6 +13,7 @@ Networks for Efficient Integer-Arithmetic-Only Inference", arXiv 1712.05877, sec
 from __future__ import annotations
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.errors import CalibrationError
 
 __all__ = [
+    "ACTIVATION_FORMS",
     "asymmetric_uint8",
     "dequantize",
     "half_scale",
@@ -62,6 +64,10 @@ def symmetric_int8(tensor_range: TensorRange) -> QuantParams:
     """
     low, high = _widened_to_zero(tensor_range)
     return QuantParams(_float32_scale(max(-low, high) / 127.0), np.asarray(0, np.int8), "int8")
+
+
+ACTIVATION_FORMS = MappingProxyType({"asymmetric_uint8": asymmetric_uint8, "symmetric_int8": symmetric_int8})
+"""The grid over a range, by the name a placement gives its form."""
 
 
 def per_channel_int8(

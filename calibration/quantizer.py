@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Collection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from calibration.collect import SAMPLES_PER_IMAGE, collect
+from calibration.correction import DEFAULT_CORRECTIONS, Corrector, checked_corrections, placed_graph
 from calibration.placement import PLACEMENTS, observed_by_all
 from calibration.qdq import insert_qdq
 from calibration.ranges import METHODS
@@ -16,7 +19,6 @@ from pipeline.artifacts import CalibrationTable, ModelArtifact, StageRecord, Ten
 from pipeline.contracts import Batches, Progress, RunnerFactory
 from pipeline.errors import CalibrationError, UsageError
 from pipeline.onnx_files import interface, load_model, save_model
-from pipeline.passes.center_pixels import center_pixels
 from pipeline.preprocess import preprocess_sha256
 
 __all__ = ["StaticQuantizer", "apply_table"]
@@ -35,6 +37,7 @@ class StaticQuantizer:
         *,
         runner_factory: RunnerFactory,
         cache_dir: Path | None = None,
+        corrections: Collection[str] = DEFAULT_CORRECTIONS,
     ) -> None:
         """Choose how ranges are found and where Q/DQ stand.
 
@@ -43,9 +46,10 @@ class StaticQuantizer:
             placement: the engine family, a key of `calibration.placement.PLACEMENTS`.
             runner_factory: makes the fp32 runner the images go through.
             cache_dir: where statistics are kept; ``None``: they are not.
+            corrections: of `calibration.correction.CORRECTIONS`; none: weights are rounded to nearest.
 
         Raises:
-            UsageError: no such method or placement.
+            UsageError: no such method, placement or correction.
         """
         if method not in METHODS:
             raise UsageError(f"no calibration method {method!r}; choose one of {', '.join(METHODS)}")
@@ -55,6 +59,7 @@ class StaticQuantizer:
         self._placement = placement
         self._runner_factory = runner_factory
         self._cache_dir = cache_dir
+        self._corrections = checked_corrections(corrections)
 
     def quantize(
         self,
@@ -77,10 +82,43 @@ class StaticQuantizer:
             CalibrationError: no images, NaN or Inf in activations or weights, nothing to quantize.
         """
         start = time.perf_counter()
-        graph = load_model(model.path)
-        if self._placement == "tensorrt":
-            center_pixels(graph)
-        placement = PLACEMENTS[self._placement](graph)
+        self._require_layers(model)
+        with TemporaryDirectory(prefix="edgefold-corrections-") as folder:
+            corrector = Corrector(
+                self._placement, self._corrections, batches, self._runner_factory, Path(folder), progress
+            )
+            equalized = corrector.equalize(model)
+            began = time.perf_counter()
+            statistics, from_cache = self.statistics(equalized, batches, dataset_sha256, progress)
+            collected = time.perf_counter()
+            table = derive_table(statistics, self._method)
+            ranged = time.perf_counter()
+            corrected, table = corrector.reconstruct(equalized, table)
+            reconstructed = time.perf_counter()
+            quantized, record = apply_table(
+                corrected,
+                dataclasses.replace(table, model_sha256=corrected.sha256),
+                self._placement,
+                out_path,
+            )
+        checks = {
+            **record.checks,
+            **corrector.checks(),
+            "statistics_from_cache": from_cache,
+            "statistics_seconds": collected - began,
+            "ranges_seconds": ranged - collected,
+            "corrections_seconds": reconstructed - ranged + began - start,
+        }
+        record = dataclasses.replace(
+            record,
+            inputs=(model.sha256, dataset_sha256),
+            seconds=time.perf_counter() - start,
+            checks=checks,
+        )
+        return dataclasses.replace(quantized, history=(*model.history, record)), table, record
+
+    def _require_layers(self, model: ModelArtifact) -> None:
+        _, placement = placed_graph(model, self._placement, {})
         if not placement.weights:
             raise CalibrationError(
                 f"{model.path} has no layer that can be quantized: "
@@ -89,20 +127,6 @@ class StaticQuantizer:
                     or "no Conv, Gemm or MatMul"
                 )
             )
-        del graph  # its weights would be in memory twice during calibration
-        statistics, from_cache = self.statistics(model, batches, dataset_sha256, progress)
-        collected = time.perf_counter()
-        table = derive_table(statistics, self._method)
-        ranged = time.perf_counter()
-        quantized, record = apply_table(model, table, self._placement, out_path)
-        checks = {
-            **record.checks,
-            "statistics_from_cache": from_cache,
-            "statistics_seconds": collected - start,
-            "ranges_seconds": ranged - collected,
-        }
-        record = dataclasses.replace(record, seconds=time.perf_counter() - start, checks=checks)
-        return dataclasses.replace(quantized, history=(*model.history, record)), table, record
 
     def statistics(
         self, model: ModelArtifact, batches: Batches, dataset_sha256: str, progress: Progress

@@ -34,6 +34,15 @@ CALIBRATED_INT8_SQNR_DB = 37.0
 """Logits of the tiny calibrated model, int8 against fp32, in dB of what tells images apart. The four methods reach
 39.3 to 39.7 (OpenVINO, VNNI or better); one range of four ten times too wide leaves 35.5 at most."""
 
+SAME_SUMS_ATOL = 1e-4
+"""Float32 sums of up to a hundred products of size one, taken in another order."""
+
+ADAPTIVE_GAIN_DB = 1.0
+"""What the default corrections gain on the logits of the tiny network, on other images."""
+
+EQUALIZATION_GAIN_DB = 1.0
+"""The same for equalization alone, of a network whose channels differ by a factor of ten."""
+
 SIMULATED_MEASUREMENTS = 1000
 """Draws of a simulated validation; the share of them is then known to ±0.013 (one standard deviation)."""
 

@@ -133,6 +133,8 @@ def test_bad_requests_are_refused_before_any_work(model_py: str, images: Path, t
         ({"calib": None}, UsageError, "--calib"),
         ({"target": "jetson-orin-nx", "jetpack": "7.1"}, UnsupportedError, "sm_87"),
         ({"target": "jetson-orin-nx", "engine": "openvino"}, UsageError, "TensorRT plan"),
+        ({"target": "jetson-orin-nx", "corrections": "bias"}, UsageError, "CPU targets"),
+        ({"corrections": "bias,smooth"}, UsageError, "no correction 'smooth'"),
         ({"target": "jetson-xavier-nx"}, UnsupportedError, "JetPack"),
         ({"target": "jetson-orin-nx", "dla": True, "precision": "fp16"}, UsageError, "--dla"),
         ({"precision": "fp16"}, UnsupportedError, "fp16"),

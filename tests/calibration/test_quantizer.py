@@ -91,7 +91,8 @@ def model(tmp_path):
 
 def run(model, factory, out, method="minmax", cache=None, dataset=DATASET, data=batches):
     told = []
-    quantizer = StaticQuantizer(method, runner_factory=factory, cache_dir=cache)
+    # Corrections have tests of their own; here passes are counted.
+    quantizer = StaticQuantizer(method, runner_factory=factory, cache_dir=cache, corrections=())
     result = quantizer.quantize(model, data, dataset, out, lambda *event: told.append(event))
     return *result, told
 

@@ -1,0 +1,20 @@
+"""What is done to a model so that less is lost when it becomes int8."""
+
+from calibration.correction.correcting import Corrector, placed_graph
+from calibration.correction.records import (
+    CORRECTIONS,
+    DEFAULT_CORRECTIONS,
+    CorrectionRecord,
+    checked_corrections,
+    parse_corrections,
+)
+
+__all__ = [
+    "CORRECTIONS",
+    "DEFAULT_CORRECTIONS",
+    "CorrectionRecord",
+    "Corrector",
+    "checked_corrections",
+    "parse_corrections",
+    "placed_graph",
+]

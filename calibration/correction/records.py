@@ -1,0 +1,80 @@
+"""The names of the corrections, and what each did to each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import UsageError
+
+__all__ = [
+    "CORRECTIONS",
+    "DEFAULT_CORRECTIONS",
+    "CorrectionRecord",
+    "checked_corrections",
+    "parse_corrections",
+    "summary",
+]
+
+CORRECTIONS = ("equalize", "ranges", "bias", "adaround")
+"""In the order in which they are made."""
+DEFAULT_CORRECTIONS = ("ranges", "bias", "adaround")
+"""Those that paid on every network measured; `docs/accuracy.md` has the figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectionRecord:
+    """One correction of one layer, judged at that layer's output on images it was not made from."""
+
+    layer: str
+    """The name of the layer's output tensor."""
+    correction: str
+    before_db: float
+    """SQNR of the output against fp32 without it, the layers before as they then were."""
+    after_db: float
+    kept: bool
+    """Otherwise it was undone: it made the layer worse."""
+
+
+def checked_corrections(names: Collection[str]) -> frozenset[str]:
+    """`names` as a set.
+
+    Raises:
+        UsageError: one is unknown; names those there are.
+    """
+    unknown = sorted(set(names) - set(CORRECTIONS))
+    if unknown:
+        raise UsageError(f"no correction {unknown[0]!r}; choose from {', '.join(CORRECTIONS)}, or none")
+    return frozenset(names)
+
+
+def parse_corrections(text: str | None) -> tuple[str, ...]:
+    """``a,b`` to names, ``none`` to no name, ``None`` to `DEFAULT_CORRECTIONS`.
+
+    Raises:
+        UsageError: a name is unknown.
+    """
+    if text is None:
+        return DEFAULT_CORRECTIONS
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if names == ["none"]:
+        return ()
+    if not names:
+        raise UsageError(f"no correction is named; choose from {', '.join(CORRECTIONS)}, or none")
+    wanted = checked_corrections(names)
+    return tuple(name for name in CORRECTIONS if name in wanted)
+
+
+def summary(records: Sequence[CorrectionRecord]) -> list[list[Any]]:
+    """For a stage's record: ``[layer, correction, before dB, after dB, kept or undone]`` each."""
+    return [
+        [
+            record.layer,
+            record.correction,
+            round(record.before_db, 2),
+            round(record.after_db, 2),
+            "kept" if record.kept else "undone",
+        ]
+        for record in records
+    ]

@@ -1,0 +1,266 @@
+"""`StaticQuantizer` with corrections: better, recorded, undone where they do harm."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from onnx_text import onnx_model, weight
+from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB
+
+from calibration.correction import CORRECTIONS, DEFAULT_CORRECTIONS, parse_corrections
+from calibration.correction import reconstruction as reconstruction_module
+from calibration.correction.correcting import take_images
+from calibration.quantizer import StaticQuantizer, apply_table
+from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
+from pipeline.errors import IntegrityError, UsageError
+from pipeline.metrics import sqnr_db
+
+pytest.importorskip("openvino")
+from engines.openvino import fp32_runner
+
+HW = 16
+DATASET = "d" * 64
+GRAPH = f"""g (uint8[{{batch}},{HW},{HW},3] image) => (float[{{batch}},5] logits)
+    {{{{ f = Cast<to=1>(image)
+      x = Transpose<perm=[0,3,1,2]>(f)
+      c = Conv(x, w, b)
+      r = Relu(c)
+      d = Conv<group=16, pads=[1,1,1,1], strides=[2,2]>(r, v, e)
+      s = Relu(d)
+      t = Conv(s, u, z)
+      a = Relu(t)
+      p = GlobalAveragePool(a)
+      q = Flatten(p)
+      logits = Gemm(q, h, k) }}}}"""
+
+
+def make_model(path, batch="N"):
+    rng = np.random.default_rng(3)
+    uneven = np.exp(rng.normal(0.0, 1.2, 16))
+    model = onnx_model(
+        GRAPH.format(batch=batch),
+        w=weight(16, 3, 3, 3) / 64.0,  # pixels reach 255
+        b=weight(16) / 4,
+        v=weight(16, 1, 3, 3) * uneven.reshape(16, 1, 1, 1),
+        e=weight(16) / 4 * uneven,
+        u=weight(24, 16, 1, 1) / uneven.reshape(1, 16, 1, 1),
+        z=weight(24) / 4,
+        h=weight(24, 5),
+        k=weight(5),
+    )
+    data = ir.serde.serialize_model(model).SerializeToString()
+    path.write_bytes(data)
+    return ModelArtifact(
+        path=path,
+        sha256=hashlib.sha256(data).hexdigest(),
+        inputs=(TensorSpec("image", "uint8", (batch, HW, HW, 3)),),
+        outputs=(TensorSpec("logits", "float32", (batch, 5)),),
+        opset=18,
+        preprocess=PreprocessSpec(input_hw=(HW, HW)),
+    )
+
+
+def images(n, seed):
+    """Smooth patches with a tint each: neighbouring pixels are alike, as a photograph's are."""
+    rng = np.random.default_rng(seed)
+    patches = rng.integers(0, 256, (n, 4, 4, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    return (patches * rng.random((n, 1, 1, 3))).astype(np.uint8)
+
+
+def batches():
+    yield from np.array_split(images(40, seed=1), [16, 32])
+
+
+@pytest.fixture
+def model(tmp_path):
+    return make_model(tmp_path / "fp32.onnx")
+
+
+def run(model, out, corrections, placement="cpu", method="minmax"):
+    quantizer = StaticQuantizer(method, placement, runner_factory=fp32_runner, corrections=corrections)
+    return quantizer.quantize(model, batches, DATASET, out, lambda *_: None)
+
+
+def logits(path, step=32):
+    pixels = images(32, seed=2)
+    with fp32_runner(path, ()) as runner:
+        return np.concatenate(
+            [
+                np.array(runner.infer({"image": pixels[i : i + step]})["logits"])
+                for i in range(0, len(pixels), step)
+            ]
+        )
+
+
+def quality_db(model, quantized, step=32):
+    expected = logits(model.path, step)
+    return sqnr_db(expected - expected.mean(axis=0), logits(quantized.path, step) - expected.mean(axis=0))
+
+
+def test_the_default_corrections_gain_on_images_not_seen(model, tmp_path):
+    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+    corrected, table, record = run(model, tmp_path / "corrected.onnx", DEFAULT_CORRECTIONS)
+    assert quality_db(model, corrected) > quality_db(model, plain) + ADAPTIVE_GAIN_DB
+    assert record.inputs == (model.sha256, DATASET)
+    assert record.checks["corrections"] == list(DEFAULT_CORRECTIONS)
+    assert record.checks["n_correction_images"] == 40
+    assert record.checks["not_corrected"] == []
+    assert {entry[0] for entry in record.checks["corrected_layers"]} == {"c", "d", "t", "logits"}
+    assert corrected.inputs == model.inputs
+    assert table.method == "minmax"
+
+
+@pytest.mark.parametrize("correction", CORRECTIONS)
+def test_each_by_itself_is_recorded_layer_by_layer(model, tmp_path, correction):
+    _, _, record = run(model, tmp_path / "int8.onnx", (correction,))
+    entries = record.checks["corrected_layers"]
+    assert entries
+    assert {entry[1] for entry in entries} == {correction}
+    for _, _, before_db, after_db, verdict in entries:
+        if correction != "equalize":  # there, the readers of one tensor are judged together
+            assert verdict == ("kept" if after_db >= before_db else "undone")
+
+
+def test_ranges_are_searched_for_inputs_with_a_grid_of_their_own(model, tmp_path):
+    _, plain, _ = run(model, tmp_path / "plain.onnx", ())
+    _, searched, record = run(model, tmp_path / "int8.onnx", ("ranges",))
+    judged = [entry[0] for entry in record.checks["corrected_layers"]]
+    assert judged.count("d") == judged.count("t") == 2, "the input's grid and the weight's"
+    assert judged.count("c") == 1, "pixels are exact: the weight's only"
+    assert judged.count("logits") == 1, "what a Flatten reads and returns has one grid"
+    changed = {name for name in plain.ranges if plain.ranges[name] != searched.ranges[name]}
+    assert changed
+    assert changed <= {"r", "s"}
+    stored = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "int8.onnx").graph.initializer
+    }
+    for name in ("r", "s"):
+        assert stored[f"{name}_scale"] == pytest.approx(searched.ranges[name].high / 255, rel=1e-5)
+
+
+def test_none_at_all_is_plain_rounding(model, tmp_path):
+    quantized, table, record = run(model, tmp_path / "int8.onnx", ())
+    again, _ = apply_table(model, table, "cpu", tmp_path / "again.onnx")
+    assert quantized.sha256 == again.sha256
+    assert record.checks["corrections"] == []
+    assert record.checks["corrected_layers"] == []
+
+
+def test_a_correction_that_does_harm_is_undone(model, tmp_path, monkeypatch):
+    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+    monkeypatch.setattr(
+        reconstruction_module, "round_adaptively", lambda weights, *_: np.full(weights.shape, 100.0)
+    )
+    undone, _, record = run(model, tmp_path / "undone.onnx", ("adaround",))
+    assert {entry[4] for entry in record.checks["corrected_layers"]} == {"undone"}
+    assert np.array_equal(logits(undone.path), logits(plain.path))
+    kept = {t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(plain.path).graph.initializer}
+    for tensor in onnx.load(undone.path).graph.initializer:
+        if tensor.name.endswith("_int8"):
+            assert np.array_equal(onnx.numpy_helper.to_array(tensor), kept[tensor.name])
+
+
+def test_the_file_holds_the_integers_that_were_chosen(model, tmp_path, monkeypatch):
+    chosen = {}
+    solve = reconstruction_module.round_adaptively
+
+    def recording(weights, *arguments):
+        steps = solve(weights, *arguments)
+        chosen[steps.shape] = steps
+        return steps
+
+    monkeypatch.setattr(reconstruction_module, "round_adaptively", recording)
+    _, _, record = run(model, tmp_path / "int8.onnx", ("bias", "adaround"))
+    stored = {
+        t.name: onnx.numpy_helper.to_array(t) for t in onnx.load(tmp_path / "int8.onnx").graph.initializer
+    }
+    kept = {entry[0] for entry in record.checks["corrected_layers"] if entry[1:5:3] == ["adaround", "kept"]}
+    assert kept, "else nothing is compared"
+    for layer, name, shape in (("c", "w", (1, 16, 27)), ("d", "v", (16, 1, 9)), ("t", "u", (1, 24, 16))):
+        if layer in kept:
+            np.testing.assert_array_equal(stored[f"{name}_int8"].reshape(shape), chosen[shape])
+
+
+def test_a_fixed_batch_size(tmp_path):
+    fixed = make_model(tmp_path / "fixed.onnx", batch=8)
+    plain, _, _ = run(fixed, tmp_path / "plain.onnx", ())
+    corrected, _, record = run(fixed, tmp_path / "int8.onnx", ("equalize", *DEFAULT_CORRECTIONS))
+    assert record.checks["n_correction_images"] == 40
+    assert quality_db(fixed, corrected, 8) > quality_db(fixed, plain, 8)
+
+
+def test_equalization_gains_and_its_table_belongs_to_the_equalized_model(model, tmp_path):
+    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+    equalized, table, record = run(model, tmp_path / "equalized.onnx", ("equalize",))
+    assert any(entry[4] == "kept" for entry in record.checks["corrected_layers"])
+    assert quality_db(model, equalized) > quality_db(model, plain) + EQUALIZATION_GAIN_DB
+    with pytest.raises(IntegrityError, match="calibration table is of model"):
+        apply_table(model, table, "cpu", tmp_path / "wrong.onnx")
+
+
+def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    expected = logits(model.path)
+    db = {}
+    for corrections in ((), DEFAULT_CORRECTIONS):
+        out = tmp_path / f"{len(corrections)}.onnx"
+        run(model, out, corrections, placement="tensorrt")
+        session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        got = session.run(None, {"image": images(32, seed=2)})[0]
+        db[len(corrections)] = sqnr_db(expected - expected.mean(axis=0), got - expected.mean(axis=0))
+    assert db[len(DEFAULT_CORRECTIONS)] > db[0]
+
+
+def test_an_unknown_correction_is_refused_with_the_known_ones():
+    with pytest.raises(UsageError, match=r"no correction 'smooth'.*equalize, ranges, bias, adaround"):
+        StaticQuantizer(runner_factory=fp32_runner, corrections=("bias", "smooth"))
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        (None, DEFAULT_CORRECTIONS),
+        ("none", ()),
+        ("bias", ("bias",)),
+        ("adaround, equalize", ("equalize", "adaround")),
+    ],
+)
+def test_names_from_the_command_line(text, names):
+    assert parse_corrections(text) == names
+
+
+@pytest.mark.parametrize("text", ["", " , ", "bias,none", "gptq"])
+def test_what_names_no_correction_is_refused(text):
+    with pytest.raises(UsageError, match="equalize, ranges, bias, adaround, or none"):
+        parse_corrections(text)
+
+
+def numbered(sizes):
+    first = 0
+    for size in sizes:
+        yield np.arange(first, first + size, dtype=np.uint8).reshape(-1, 1, 1, 1)
+        first += size
+
+
+@pytest.mark.parametrize(
+    ("share", "at_most", "multiple", "expected"),
+    [(1.0, 100, 1, 50), (0.5, 100, 1, 25), (1.0, 12, 1, 12), (1.0, 100, 8, 48), (0.02, 100, 1, 8)],
+)
+def test_images_are_taken_evenly(share, at_most, multiple, expected):
+    taken = take_images(lambda: numbered([20, 1, 29]), share, at_most, multiple).ravel().astype(int)
+    assert len(taken) == expected
+    gaps = np.diff(taken)
+    assert gaps.min() >= 1
+    assert gaps.max() - gaps.min() <= max(2, 50 // expected)
+    assert taken[-1] >= 50 - 2 * gaps.max()
+
+
+def test_no_torch_is_needed():
+    code = "import sys, calibration.quantizer; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
