@@ -105,7 +105,7 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     )
     validation = None
     if material.evaluation is not None:
-        validation = _judge(request, material.model, compiled, material.evaluation, backend, progress)
+        validation = _judge(request, material.model, compiled, material.evaluation, data, backend, progress)
     engine = EngineRecord(compiled.engine.backend, compiled.engine.path.name, compiled.engine.fingerprint)
     return Made(compiled.final, compiled.table, validation, engine)
 
@@ -221,6 +221,7 @@ def _judge(
     model: ResolvedModel,
     compiled: Compiled,
     evaluation: Dataset,
+    calibrated_on: Dataset | None,
     backend: EngineBackend,
     progress: Progress,
 ) -> ValidationResult:
@@ -235,7 +236,9 @@ def _judge(
         precision=request.precision,
         num_classes=model.num_classes,
     )
-    result = validate_subject(subject, evaluation, backend, Reference(model), progress=progress)
+    result = validate_subject(
+        subject, evaluation, backend, Reference(model), progress=progress, calibrated_on=calibrated_on
+    )
     if request.max_drop_points is not None:
         check_budget(result, request.max_drop_points)
     return result

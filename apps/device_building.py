@@ -152,7 +152,14 @@ def _judge_all(
                 if index == 0
                 else Reference(None, "the first candidate was judged against it")
             )
-            result = validate_subject(subject, evaluation, EMULATOR, reference, progress=progress)
+            result = validate_subject(
+                subject,
+                evaluation,
+                EMULATOR,
+                reference,
+                progress=progress,
+                calibrated_on=material.calibration_data if index == 0 else None,
+            )
             accuracy = accuracy_summary(evaluation, result)
             first = first or result
         records.append(

@@ -136,10 +136,14 @@ def print_summary(summary: StreamSummary) -> None:
     )
     dropped = ", ".join(f"{count} ({reason})" for reason, count in summary.dropped.items()) or "none"
     say(f"dropped: {dropped} of {summary.frames_read} read")
-    if summary.top1 is not None:
+    if summary.accuracy is not None:
+        accuracy = summary.accuracy
+        low, high = 100 * accuracy.top1_interval.low, 100 * accuracy.top1_interval.high
         say(
-            f"top-1 through the stream: [bold]{100 * summary.top1:.2f}%[/bold] "
-            f"({summary.correct} of {summary.labelled} labelled frames)"
+            f"top-1 through the stream: [bold]{100 * accuracy.top1:.2f}%[/bold] "
+            f"({summary.correct} of {summary.labelled} labelled frames; 95% interval {low:.2f} to {high:.2f}), "
+            f"top-{accuracy.top_k} {100 * accuracy.top_k_accuracy:.2f}%, "
+            f"ECE {100 * accuracy.confidence.ece:.2f}%"
         )
     if summary.recording is not None:
         say(f"recording: {summary.recording}", markup=False)

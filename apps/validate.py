@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    from pipeline.artifacts import CalibrationTable
-    from pipeline.bundle import Bundle
 
 __all__ = ["validate_command"]
 
@@ -27,12 +23,19 @@ class _Against(str, Enum):
 
 
 def validate_command(
-    bundle: Annotated[Path, typer.Argument(help="The bundle that edgefold build wrote.", show_default=False)],
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE",
+            help="The bundle that edgefold build wrote; several with --ensemble.",
+            show_default=False,
+        ),
+    ],
     data: Annotated[
         str,
         typer.Option(
             help="Labelled DATA: an image folder by class, a folder with labels.csv, an .npz with labels, or "
-            "synthetic:SEED[:COUNT].",
+            "synthetic:SEED[:COUNT]. With --min-agreement also images without labels, or a video.",
             show_default=False,
         ),
     ],
@@ -48,7 +51,20 @@ def validate_command(
         int | None,
         typer.Option(min=1, help="At most this many images, all classes alike.", show_default=False),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 16,
+    batch: Annotated[int, typer.Option(min=1, help="Images (or crops) a call.")] = 16,
+    crops: Annotated[
+        int,
+        typer.Option(
+            help="Crops of every image whose softmax is averaged, as the Inception papers count them: 1, 10, 12 or "
+            "144."
+        ),
+    ] = 1,
+    ensemble: Annotated[
+        bool,
+        typer.Option(
+            "--ensemble", help="Judge several bundles that answer together, by the mean of their softmax."
+        ),
+    ] = False,
     engine: Annotated[
         _Engine | None, typer.Option(help="What runs it; by default the bundle's engine.", show_default=False)
     ] = None,
@@ -63,53 +79,47 @@ def validate_command(
         float | None,
         typer.Option(min=0, help="Exit 3 if top-1 falls by more points than this.", show_default=False),
     ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            metavar="PERCENT",
+            help="Exit 3 if fewer images than this get the answer of the chain's first stage. Needs no labels.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="Keep the sums in this file meanwhile, and go on from it after an interruption; removed when done.",
+            show_default=False,
+        ),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write a self-contained HTML report here.", show_default=False)
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Measure top-1, top-5 and the drop against FP32 PyTorch, in its parts, with 95% intervals."""
-    import dataclasses
-    import json
+    from apps.validating_request import ValidateRequest, check_gates, present, validate
 
-    from apps.console import console, print_json, progress_display
-    from apps.report import print_validation, render_report
-    from apps.validating import find_reference, open_labelled, subject_of_bundle, validate_subject
-    from engines import get_backend
-    from pipeline.bundle import open_bundle
-    from pipeline.datasets import read_labels
-    from pipeline.validation_result import check_budget
-
-    opened = open_bundle(bundle)
-    backend = get_backend(engine.value if engine else opened.manifest.ready_engine().backend)
-    subject = subject_of_bundle(opened, backend)
-    if labels is not None:
-        subject = dataclasses.replace(subject, labels=read_labels(labels))
-    dataset = open_labelled(data, subject.labels, subject.num_classes, limit)
-    with progress_display() as progress:
-        reference = find_reference(opened.manifest, against.value)
-        result = validate_subject(subject, dataset, backend, reference, batch_size=batch, progress=progress)
-    if report is not None:
-        render_report(
-            report,
-            validation=result,
-            manifest=opened.manifest,
-            max_drop_points=max_drop,
-            calibration=_calibration_table(opened),
-        )
-    if json_output:
-        print_json(json.dumps(result.to_json(), indent=2, allow_nan=False))
-    else:
-        print_validation(result, console, max_drop_points=max_drop)
-        if report is not None:
-            console.print(f"report: {report}", markup=False, soft_wrap=True)
-    if max_drop is not None:
-        check_budget(result, max_drop)
-
-
-def _calibration_table(bundle: Bundle) -> CalibrationTable | None:
-    from calibration.table import table_from_json
-
-    if "calibration.json" not in bundle.manifest.files:
-        return None
-    return table_from_json(bundle.read_bytes("calibration.json"))
+    request = ValidateRequest(
+        bundles=tuple(bundles),
+        data=data,
+        labels=labels,
+        limit=limit,
+        batch_size=batch,
+        crops=crops,
+        ensemble=ensemble,
+        engine=engine.value if engine else None,
+        against=against.value,
+        max_drop_points=max_drop,
+        min_agreement_percent=min_agreement,
+        resume=resume,
+        report=report,
+        json_output=json_output,
+    )
+    outcome = validate(request)
+    present(outcome, request)
+    check_gates(outcome, request)

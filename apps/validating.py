@@ -2,40 +2,46 @@
 
 from __future__ import annotations
 
-import importlib.util
+import dataclasses
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from apps.validating_reference import Against, Reference, find_reference
 from pipeline.artifacts import EngineArtifact, EngineOptions, ModelArtifact, PreprocessSpec, StageRecord
 from pipeline.bundle import Bundle
 from pipeline.compile import FOLDED_NAME
 from pipeline.contracts import Dataset, EngineBackend, Progress
 from pipeline.datasets import open_dataset
-from pipeline.errors import DataError, EdgefoldError, UnsupportedError, UsageError, WeightsError
-from pipeline.judges import engine_judge, module_judge, transform_judge
+from pipeline.errors import DataError, UsageError
+from pipeline.judges import engine_judge, module_judge, module_sha256, transform_judge
+from pipeline.overlap import OverlapWatch, image_digests
 from pipeline.validation import Judge, judge_chain
+from pipeline.validation_agreement import AgreementResult, judge_agreement
+from pipeline.validation_crops import Crops, check_crops, pixels_a_call
 from pipeline.validation_result import AssumedPart, ValidationResult
+from pipeline.validation_state import ResumeFile
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
-    from pipeline.models.resolve import ResolvedModel
 
 __all__ = [
     "Against",
     "Reference",
     "Subject",
     "build_judges",
+    "calibration_note",
+    "compare_subject",
+    "display_labels",
     "find_reference",
+    "load_judge",
+    "open_images",
     "open_labelled",
     "subject_of_bundle",
     "subject_of_models",
     "validate_subject",
 ]
-
-Against = Literal["auto", "torch", "onnx"]
 
 _DISPLAY_NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
 
@@ -60,14 +66,6 @@ class Subject:
     history: tuple[StageRecord, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Reference:
-    """The PyTorch module to start the chain from, or why there is none."""
-
-    model: ResolvedModel | None
-    why_not: str = ""
-
-
 def validate_subject(
     subject: Subject,
     dataset: Dataset,
@@ -77,6 +75,9 @@ def validate_subject(
     batch_size: int = 16,
     progress: Progress | None = None,
     notes: Sequence[str] = (),
+    crops: Crops = 1,
+    resume: ResumeFile | None = None,
+    calibrated_on: Dataset | None = None,
 ) -> ValidationResult:
     """Judge the chain from the reference to what ships.
 
@@ -85,86 +86,140 @@ def validate_subject(
         dataset: `open_labelled`.
         backend: runs both graphs.
         reference: `find_reference`, or the module that is in memory anyway.
-        batch_size: images a call.
+        batch_size: images (or crops) a call.
         progress: called after every batch.
         notes: carried into the result.
+        crops: of each image: `pipeline.validation_crops`.
+        resume: where the sums are kept meanwhile.
+        calibrated_on: the calibration images; those among `dataset` are counted, and a note warns of them.
 
     Raises:
-        UsageError: nothing to compare: no reference, and one graph only.
-        DataError, EngineError: as `pipeline.validation.judge_chain`.
+        UsageError: nothing to compare: no reference, and one graph only; or crops that cannot be cut.
+        DataError, EngineError, IntegrityError: as `pipeline.validation.judge_chain`.
     """
+    watch = None if calibrated_on is None else OverlapWatch(dataset, image_digests(calibrated_on))
+    batch_size = pixels_a_call(batch_size, check_crops(crops, subject.preprocess))
     with ExitStack() as stack:
-        judges, assumed = build_judges(stack, subject, backend, reference, batch_size)
-        return judge_chain(
+        judges, assumed = build_judges(
+            stack, subject, backend, reference, batch_size, crops=crops, identified=resume is not None
+        )
+        result = judge_chain(
             judges,
-            dataset,
+            watch or dataset,
             spec=subject.preprocess,
             color=subject.input_color,
-            labels=_display_labels(subject, dataset),
+            labels=display_labels(subject, dataset),
             batch_size=batch_size,
             progress=progress,
             assumed=assumed,
             notes=notes,
+            crops=crops,
+            resume=resume,
+        )
+    overlap = watch.warning() if watch else None
+    return dataclasses.replace(result, notes=(overlap, *result.notes)) if overlap else result
+
+
+def compare_subject(
+    subject: Subject,
+    dataset: Dataset,
+    backend: EngineBackend,
+    reference: Reference,
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+    crops: Crops = 1,
+    resume: ResumeFile | None = None,
+) -> AgreementResult:
+    """`validate_subject` on images without labels: what agrees with the reference, and how far logits moved.
+
+    Raises:
+        UsageError, DataError, EngineError, IntegrityError: as `validate_subject`.
+    """
+    batch_size = pixels_a_call(batch_size, check_crops(crops, subject.preprocess))
+    with ExitStack() as stack:
+        judges, assumed = build_judges(
+            stack, subject, backend, reference, batch_size, crops=crops, identified=resume is not None
+        )
+        return judge_agreement(
+            judges,
+            dataset,
+            spec=subject.preprocess,
+            color=subject.input_color,
+            labels=display_labels(subject, dataset),
+            batch_size=batch_size,
+            progress=progress,
+            assumed=assumed,
+            notes=notes,
+            crops=crops,
+            resume=resume,
         )
 
 
 def build_judges(
-    stack: ExitStack, subject: Subject, backend: EngineBackend, reference: Reference, batch_size: int
+    stack: ExitStack,
+    subject: Subject,
+    backend: EngineBackend,
+    reference: Reference,
+    batch_size: int,
+    *,
+    crops: Crops = 1,
+    identified: bool = False,
 ) -> tuple[list[Judge], list[AssumedPart]]:
     """The chain, and the parts that it does not measure; `stack` closes the engines.
+
+    Args:
+        stack: closes the engines.
+        subject: what is judged.
+        backend: runs its graphs.
+        reference: where the chain starts.
+        batch_size: what the engines are compiled for, where they may be.
+        crops: more than one leaves out the library's own transform.
+        identified: digest the PyTorch module too, as `ResumeFile` needs.
 
     Raises:
         UsageError: fewer than two candidates.
         EngineError, IntegrityError: an engine cannot be loaded.
     """
-    spec, color = subject.preprocess, subject.input_color
-    judges, assumed = _torch_judges(subject, reference)
-    engine = _DISPLAY_NAMES.get(backend.name, backend.name)
-    graphs = [(subject.fp32, f"{engine} fp32, folded", "export")]
+    judges, assumed = _torch_judges(subject, reference, crops, identified)
+    graphs = [(subject.fp32, "fp32, folded", "export")]
     if subject.final is not None:
-        graphs.append((subject.final, f"{engine} {subject.precision}", subject.precision.upper()))
+        graphs.append((subject.final, subject.precision, subject.precision.upper()))
     if len(judges) + len(graphs) < 2:
         raise UsageError(
             f"nothing to compare: the bundle holds an fp32 graph only, and PyTorch cannot take part: "
             f"{reference.why_not}"
         )
-    # One stream that has every core: the batch itself is the parallelism. A batch size the engine
-    # knows beforehand is faster than a free one.
-    options = EngineOptions(mode="latency", batch=None if subject.fixed_batch else batch_size)
-    for artifact, name, part in graphs:
-        runner = stack.enter_context(backend.load(artifact, options))
+    for artifact, precision, part in graphs:
         part = part if judges else "reference"
-        judges.append(engine_judge(runner, name=name, part=part, spec=spec, color=color))
+        judges.append(load_judge(stack, subject, artifact, backend, precision, part, batch_size))
     return judges, assumed
 
 
-def find_reference(manifest: Manifest, against: Against) -> Reference:
-    """Load the PyTorch module a bundle was built from, if that can be done and proved.
-
-    Weights from a file must have the SHA-256 that the manifest records. A model built by a Python
-    file of the user's runs that file: only ``against="torch"`` does, so that looking at somebody
-    else's bundle runs no code that it names.
-
-    Args:
-        manifest: of the bundle.
-        against: ``torch`` insists, ``auto`` gives the reason where it cannot, ``onnx`` never tries.
+def load_judge(
+    stack: ExitStack,
+    subject: Subject,
+    artifact: EngineArtifact,
+    backend: EngineBackend,
+    precision: str,
+    part: str,
+    batch_size: int,
+) -> Judge:
+    """One graph of a subject in its engine; `stack` closes it.
 
     Raises:
-        UnsupportedError, ModelSpecError, WeightsError: ``against="torch"`` and it cannot be done.
+        EngineError, IntegrityError: the engine cannot be loaded.
     """
-    if against == "onnx":
-        return Reference(None, "left out with --against onnx")
-    try:
-        if against == "auto" and manifest.model.spec.rpartition(":")[0].endswith(".py"):
-            raise UsageError(
-                f"the model is built by {manifest.model.spec}, Python code that runs only if you ask for it "
-                "with --against torch"
-            )
-        return Reference(_load_reference(manifest))
-    except EdgefoldError as error:
-        if against == "torch":
-            raise
-        return Reference(None, str(error))
+    # One stream that has every core: the batch itself is the parallelism. A batch size the engine
+    # knows beforehand is faster than a free one.
+    options = EngineOptions(mode="latency", batch=None if subject.fixed_batch else batch_size)
+    runner = stack.enter_context(backend.load(artifact, options))
+    name = f"{_DISPLAY_NAMES.get(backend.name, backend.name)} {precision}"
+    judge = engine_judge(runner, name=name, part=part, spec=subject.preprocess, color=subject.input_color)
+    engine = artifact.fingerprint
+    where = ", ".join((f"{engine.engine} {engine.version}", engine.device, *engine.capabilities))
+    return dataclasses.replace(judge, identity=f"{artifact.sha256} in {where}")
 
 
 def subject_of_bundle(bundle: Bundle, backend: EngineBackend) -> Subject:
@@ -226,14 +281,22 @@ def open_labelled(data: str, labels: Sequence[str], num_classes: int, limit: int
     Raises:
         DataError: as `open_dataset`, or the images carry no labels.
     """
-    dataset = _open_under(data, labels, limit) if labels else None
-    dataset = dataset or open_dataset(data, limit=limit)
+    dataset = open_images(data, labels, num_classes, limit)
     if dataset.class_names is None:
         raise DataError(
             f"{data!r} has no labels, and accuracy needs them: give one folder a class, a folder with labels.csv, "
-            "an .npz with labels, or synthetic:SEED[:COUNT]"
+            "an .npz with labels, or synthetic:SEED[:COUNT]. Without labels, `edgefold validate --min-agreement "
+            "PERCENT` compares the answers with those of fp32"
         )
-    if not labels and len(dataset.class_names) != num_classes:
+    return dataset
+
+
+def open_images(data: str, labels: Sequence[str], num_classes: int, limit: int | None) -> Dataset:
+    """`open_labelled`, of images that may also have no labels: then ``class_names`` is ``None``."""
+    dataset = _open_under(data, labels, limit) if labels else None
+    dataset = dataset or open_dataset(data, limit=limit)
+    names = dataset.class_names
+    if names is not None and not labels and len(names) != num_classes:
         numbered = _open_under(data, tuple(map(str, range(num_classes))), limit)
         return numbered or dataset
     return dataset
@@ -246,7 +309,23 @@ def _open_under(data: str, names: Sequence[str], limit: int | None) -> Dataset |
         return None
 
 
-def _display_labels(subject: Subject, dataset: Dataset) -> tuple[str, ...]:
+def calibration_note(manifest: Manifest, dataset: Dataset) -> str | None:
+    """Whether a bundle is judged on the very data it was calibrated on; a build compares image by image."""
+    calibration = manifest.calibration
+    if calibration is None or calibration.dataset_sha256 != dataset.sha256:
+        return None
+    return (
+        f"these are the {len(dataset):,} images that the engine was calibrated on: it looks better on them than it "
+        "is; judge it on other images"
+    )
+
+
+def display_labels(subject: Subject, dataset: Dataset) -> tuple[str, ...]:
+    """A name for every output: the model's, else the data's where they are as many, else numbers.
+
+    Raises:
+        DataError: the model's names are not as many as its outputs.
+    """
     if subject.labels:
         if len(subject.labels) != subject.num_classes:
             raise DataError(
@@ -260,7 +339,9 @@ def _display_labels(subject: Subject, dataset: Dataset) -> tuple[str, ...]:
     return tuple(map(str, range(subject.num_classes)))
 
 
-def _torch_judges(subject: Subject, reference: Reference) -> tuple[list[Judge], list[AssumedPart]]:
+def _torch_judges(
+    subject: Subject, reference: Reference, crops: Crops, identified: bool
+) -> tuple[list[Judge], list[AssumedPart]]:
     model, spec, color = reference.model, subject.preprocess, subject.input_color
     why_not = reference.why_not
     if model is not None and model.module is None:
@@ -272,10 +353,14 @@ def _torch_judges(subject: Subject, reference: Reference) -> tuple[list[Judge], 
                 "export", f"not measured on these images, for the same reason. {_parity(subject.history)}"
             ),
         ]
+    identity = f"{module_sha256(model.module)} in PyTorch" if identified else ""
     shared = module_judge(model.module, name="PyTorch fp32", part="reference", spec=spec, color=color)
-    if model.reference_transform is None or model.preprocess != spec:
+    shared = dataclasses.replace(shared, identity=identity)
+    if model.reference_transform is None or model.preprocess != spec or crops > 1:
         reason = "same by construction: the model brings no transform of its own to differ from"
-        if model.preprocess != spec:
+        if crops > 1:
+            reason = f"not measured: the {crops} crops are cut by the same preprocessing for every stage"
+        elif model.preprocess != spec:
             reason = "not measured: the bundle was built with other preprocessing than the model's own"
         return [shared], [AssumedPart("preprocessing", reason)]
     own = transform_judge(
@@ -284,7 +369,11 @@ def _torch_judges(subject: Subject, reference: Reference) -> tuple[list[Judge], 
         part="reference",
         transform=model.reference_transform,
     )
-    return [own, Judge("PyTorch fp32, shared preprocessing", "preprocessing", shared.logits)], []
+    own = dataclasses.replace(own, identity=identity and f"{identity}, library transform")
+    return [
+        own,
+        dataclasses.replace(shared, name="PyTorch fp32, shared preprocessing", part="preprocessing"),
+    ], []
 
 
 def _parity(history: Sequence[StageRecord]) -> str:
@@ -296,37 +385,3 @@ def _parity(history: Sequence[StageRecord]) -> str:
         f"At the build the ONNX graph was checked against PyTorch on random inputs: largest error "
         f"{checks['max_abs_error']:.2g} (limit {checks['max_abs_error_limit']:.2g}), SQNR {checks['sqnr_db']:.0f} dB"
     )
-
-
-def _load_reference(manifest: Manifest) -> ResolvedModel:
-    source = manifest.model
-    if source.spec.endswith(".onnx"):
-        raise UsageError("the model came as an ONNX file")
-    if importlib.util.find_spec("torch") is None:
-        raise UnsupportedError("PyTorch is not installed here (pip install 'edgefold[build]')")
-    from pipeline.models.resolve import resolve_model
-
-    weights = source.weights_option
-    if weights is not None and source.weights_sha256 is not None:
-        _require_digest(Path(weights), source.weights_sha256)
-    model = resolve_model(
-        source.spec, weights=weights, num_classes=source.num_classes, input_size=source.input_size
-    )
-    if model.weights_sha256 != source.weights_sha256 or model.num_classes != source.num_classes:
-        raise WeightsError(
-            f"{source.spec} with weights {source.weights!r} is not what the bundle was built from (SHA-256 "
-            f"{model.weights_sha256}, recorded {source.weights_sha256}); build the bundle again"
-        )
-    return model
-
-
-def _require_digest(path: Path, expected: str) -> None:
-    from pipeline.onnx_files import file_sha256
-
-    if not path.is_file():
-        raise WeightsError(f"the weights {str(path)!r} that the bundle was built from are not there")
-    found = file_sha256(path)
-    if found != expected:
-        raise WeightsError(
-            f"the weights {str(path)!r} have changed since the build (SHA-256 {found}, recorded {expected})"
-        )

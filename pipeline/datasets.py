@@ -8,10 +8,11 @@ user's would be a guess that looks like a measurement. The kinds of data are in 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Literal, TypeVar, cast
+from typing import Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,14 @@ from pipeline.preprocess import to_network_pixels
 __all__ = [
     "DEFAULT_CALIBRATION_IMAGES",
     "MIN_CALIBRATION_IMAGES",
+    "Skippable",
     "batches",
     "labelled_batches",
+    "one_ahead",
     "open_dataset",
     "read_labels",
     "require_minimum",
+    "samples_after",
 ]
 
 MIN_CALIBRATION_IMAGES = 8
@@ -39,6 +43,15 @@ DEFAULT_CALIBRATION_IMAGES = 128
 _DEFAULT_SYNTHETIC_COUNT = 2000
 _DEFAULT_VIDEO_FRAMES = 512
 _Item = TypeVar("_Item")
+
+
+@runtime_checkable
+class Skippable(Protocol):
+    """Data that can go on in the middle without decoding what comes before."""
+
+    def after(self, n_usable: int, unusable: Collection[str]) -> Iterator[Sample]:
+        """As `samples_after`."""
+        ...
 
 
 def open_dataset(
@@ -182,10 +195,27 @@ def labelled_batches(
         if samples:
             yield samples, np.stack(pixels)
 
-    return _one_ahead(made())
+    return one_ahead(made())
 
 
-def _one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+def samples_after(dataset: Dataset, n_usable: int, unusable: Collection[str]) -> Iterator[Sample]:
+    """The rest of a pass that was broken off.
+
+    Args:
+        dataset: the images, in their fixed order.
+        n_usable: how many samples the pass had given.
+        unusable: keys that it had found unreadable.
+
+    Returns:
+        The samples that follow. Folders and arrays skip to there; other data is gone through again.
+    """
+    if isinstance(dataset, Skippable):
+        return dataset.after(n_usable, unusable)
+    return islice(dataset, n_usable, None)
+
+
+def one_ahead(items: Iterator[_Item]) -> Iterator[_Item]:
+    """The same items, each made in a thread of its own while the one before it is used."""
     end = object()
     with ThreadPoolExecutor(1, thread_name_prefix="edgefold-decode") as pool:
         pending = pool.submit(next, items, end)

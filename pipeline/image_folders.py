@@ -6,9 +6,10 @@ import csv
 import hashlib
 import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from pipeline.artifacts import Sample
@@ -66,7 +67,16 @@ class ImageFolder:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Sample]:
-        for entry in self._entries:
+        return self._read(self._entries)
+
+    def after(self, n_usable: int, unusable: Collection[str]) -> Iterator[Sample]:
+        """As `pipeline.datasets.samples_after`; nothing before it is decoded."""
+        usable = (i for i, entry in enumerate(self._entries) if entry.key not in unusable)
+        last = next(islice(usable, n_usable - 1, None), len(self._entries)) if n_usable else -1
+        return self._read(self._entries[last + 1 :])
+
+    def _read(self, entries: Sequence[_Entry]) -> Iterator[Sample]:
+        for entry in entries:
             try:
                 image = read_image(entry.path)
             except DataError as error:

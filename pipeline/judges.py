@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,12 +14,12 @@ from pipeline.artifacts import PreprocessSpec, Sample
 from pipeline.contracts import Runner
 from pipeline.errors import EngineError
 from pipeline.preprocess import normalize
-from pipeline.validation import Judge
+from pipeline.validation_run import Judge
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["engine_judge", "module_judge", "transform_judge"]
+__all__ = ["engine_judge", "module_judge", "module_sha256", "transform_judge"]
 
 Color = Literal["RGB", "BGR"]
 
@@ -71,6 +72,17 @@ def transform_judge(
         return np.stack([transform(Image.fromarray(sample.image)) for sample in samples])
 
     return _torch_judge(module, name, part, inputs)
+
+
+def module_sha256(module: nn.Module) -> str:
+    """Digest (SHA-256, hex) of a module's parameters and buffers, by name."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _torch_judge(

@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 __all__ = [
     "agreement",
     "cosine_similarity",
+    "log_probabilities",
     "max_abs_error",
+    "probabilities",
     "sqnr_db",
     "sqnr_db_from_energies",
     "top_k_correct",
 ]
+
+_SUM_ATOL = 1e-3
+"""How far from 1 the sum of a row of probabilities may be: a thousand of them in float16 stay within it."""
 
 
 def sqnr_db(reference: NDArray[Any], approximation: NDArray[Any]) -> float:
@@ -122,6 +127,33 @@ def top_k_correct(logits: NDArray[Any], labels: NDArray[Any], k: int) -> NDArray
     rank = np.sum((logits > own) | ((logits == own) & earlier), axis=1)
     correct: NDArray[np.bool_] = rank < k
     return correct
+
+
+def probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Softmax of each row of logits.
+
+    A row that already is a distribution (an imported graph may end in a softmax) stays as it is: a
+    second softmax would flatten it.
+
+    Args:
+        scores: real values ``[N, C]``.
+
+    Returns:
+        float64 ``[N, C]``; rows sum to 1.
+    """
+    values = np.asarray(scores, np.float64)
+    exponentials = np.exp(values - values.max(axis=1, keepdims=True))
+    softmax: NDArray[np.float64] = exponentials / exponentials.sum(axis=1, keepdims=True)
+    already = (values.min(axis=1) >= 0.0) & (np.abs(values.sum(axis=1) - 1.0) < _SUM_ATOL)
+    if already.any():
+        softmax[already] = values[already]
+    return softmax
+
+
+def log_probabilities(scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Natural logarithm of `probabilities`, finite: below the smallest float64 they count as that."""
+    logarithms: NDArray[np.float64] = np.log(np.maximum(probabilities(scores), np.finfo(np.float64).tiny))
+    return logarithms
 
 
 def _same_shape(a: NDArray[Any], b: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

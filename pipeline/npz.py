@@ -6,7 +6,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -58,18 +58,22 @@ class NpzDataset:
         return len(self._indices)
 
     def __iter__(self) -> Iterator[Sample]:
-        for index, data in self._read():
+        return self.after(0, ())
+
+    def after(self, n_usable: int, unusable: Collection[str]) -> Iterator[Sample]:
+        """As `pipeline.datasets.samples_after`; an array has no unusable images."""
+        for index, data in self._read(self._indices[n_usable:]):
             image = np.frombuffer(data, np.uint8).reshape(self._image_shape)
             label = None if self._labels is None else int(self._labels[index])
             yield Sample(image, label, str(index))
 
-    def _read(self) -> Iterator[tuple[int, bytes]]:
+    def _read(self, indices: Sequence[int]) -> Iterator[tuple[int, bytes]]:
         size_bytes = math.prod(self._image_shape)
         try:
             with zipfile.ZipFile(self._path) as archive, archive.open("images.npy") as stream:
                 _read_header(stream)
                 position = 0
-                for index in self._indices:
+                for index in indices:
                     stream.seek((index - position) * size_bytes, 1)
                     data = stream.read(size_bytes)
                     position = index + 1

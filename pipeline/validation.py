@@ -7,63 +7,54 @@ A chain leads from what the user trained to what will run, one change at a time:
 
 Every candidate sees the same images in one pass, so that the drop between neighbours is the cost
 of that one change, measured on paired outcomes. Memory does not grow with the number of images: sums
-are kept, and the few images shown in a report.
+are kept, and the few images shown in a report. An ensemble is judged in the same way, from its networks
+in fp32 to its networks as they ship.
 """
 
 from __future__ import annotations
 
-import heapq
-import io
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.artifacts import PreprocessSpec, Sample
 from pipeline.contracts import Dataset, Progress
-from pipeline.datasets import labelled_batches
-from pipeline.errors import DataError, EngineError
-from pipeline.metrics import sqnr_db_from_energies, top_k_correct
-from pipeline.statistics import mcnemar_exact_p, paired_drop_interval, wilson_interval
-from pipeline.validation_result import (
-    AssumedPart,
-    ClassChange,
-    ConfusionChange,
-    Drop,
-    Flip,
-    SkippedImage,
-    StageAccuracy,
-    ValidationResult,
-)
+from pipeline.errors import DataError
+from pipeline.validation_crops import Crops, View
+from pipeline.validation_result import AssumedPart, Member, SkippedImage, StageAccuracy, ValidationResult
+from pipeline.validation_run import Judge, Passed, Stage, pass_images
+from pipeline.validation_state import ResumeFile
+from pipeline.validation_tally import MAX_FLIPS, Answers, ChainTally, MemberTally, Pair, stage_accuracy
 
-__all__ = ["MAX_FLIPS", "Judge", "judge_chain", "match_labels"]
+__all__ = ["MAX_FLIPS", "EnsembleMember", "Judge", "judge_chain", "judge_ensemble", "match_labels"]
 
-MAX_FLIPS = 48
-"""Flipped images kept with a thumbnail: what a person looks through, and a bound on memory."""
-_MAX_CONFUSION_CHANGES = 30
 _MAX_SKIPPED_LISTED = 50
-_THUMBNAIL_SIDE_PX = 160
+_MIN_IMAGES_A_CLASS = 5
+"""From so many on, one answer to most of a class is a pattern and not an accident."""
 
 
 @dataclass(frozen=True, slots=True)
-class Judge:
-    """A candidate of the chain.
-
-    ``logits(samples, pixels)`` gets a batch both ways: the images as they are (for a judge with a
-    transform of its own) and as uint8 NHWC pixels that went through the shared preprocessing once
-    for all judges. It returns float ``[N, C]``.
-    """
+class EnsembleMember:
+    """One network of an ensemble."""
 
     name: str
-    part: str
-    """What it changes in the judge before it: ``preprocessing``, ``export``, ``INT8``; of the first
-    judge, ``reference``."""
-    logits: Callable[[Sequence[Sample], NDArray[np.uint8]], NDArray[np.float32]]
+    view: View
+    """The pixels it takes."""
+    before: Judge
+    """In fp32."""
+    after: Judge
+    """As it ships; the same judge where that is fp32."""
+
+    def with_view(self) -> EnsembleMember:
+        """With both judges bound to the member's own pixels."""
+        return replace(
+            self, before=replace(self.before, view=self.view), after=replace(self.after, view=self.view)
+        )
 
 
 def judge_chain(
@@ -77,6 +68,8 @@ def judge_chain(
     progress: Progress | None = None,
     assumed: Sequence[AssumedPart] = (),
     notes: Sequence[str] = (),
+    crops: Crops = 1,
+    resume: ResumeFile | None = None,
 ) -> ValidationResult:
     """Judge all candidates in one pass over the data.
 
@@ -86,37 +79,196 @@ def judge_chain(
         spec: preprocessing of the pixels that judges get.
         color: channel order of those pixels.
         labels: the model's, one a logit.
-        batch_size: images a call; the last batch may be short.
+        batch_size: images (or crops) a call; the last batch may be short.
         progress: called after every batch.
         assumed: parts of the drop that the chain does not measure.
         notes: carried into the result.
+        crops: of each image, the softmax averaged: `pipeline.validation_crops`.
+        resume: where the sums are kept, and taken up again. Left complete; remove it when the result is out.
 
     Raises:
         DataError: an image without a label, labels that do not fit the model's, or no usable image.
         EngineError: a judge's logits are not finite, or not ``[N, len(labels)]``.
+        IntegrityError: `resume` holds another judgement.
+        UsageError: crops that this preprocessing does not allow.
         ValueError: fewer than two judges, or ``batch_size`` below 1.
     """
-    if len(judges) < 2 or batch_size < 1:
-        raise ValueError(f"need two judges and a batch size of 1, got {len(judges)} and {batch_size}")
-    started = time.monotonic()
+    stages = [Stage(judge.name, judge.part, (judge,)) for judge in judges]
+    view = View(spec, color)
+    return _judged(stages, dataset, view, labels, (), batch_size, progress, crops, resume, assumed, notes)
+
+
+def judge_ensemble(
+    members: Sequence[EnsembleMember],
+    dataset: Dataset,
+    *,
+    precision: str,
+    labels: Sequence[str],
+    batch_size: int = 32,
+    progress: Progress | None = None,
+    notes: Sequence[str] = (),
+    crops: Crops = 1,
+    resume: ResumeFile | None = None,
+) -> ValidationResult:
+    """Judge networks that answer together: the mean of their softmax (arXiv 1409.4842, section 7).
+
+    The chain leads from the ensemble in fp32 to the ensemble as it ships. Where all ship fp32 it leads from
+    the first network to the ensemble. Each member is judged by itself in the same pass.
+
+    Args:
+        members: at least two.
+        dataset: labelled images.
+        precision: of what ships: ``int8``.
+        labels: of all members, one a logit.
+        batch_size: images (or crops) a call.
+        progress: called after every batch.
+        notes: carried into the result.
+        crops: of each image and network.
+        resume: as `judge_chain`.
+
+    Raises:
+        DataError, EngineError, IntegrityError, UsageError: as `judge_chain`.
+        ValueError: fewer than two members, or ``batch_size`` below 1.
+    """
+    if len(members) < 2:
+        raise ValueError(f"need two members of an ensemble, got {len(members)}")
+    members = [m.with_view() for m in members]
+    before, after = tuple(m.before for m in members), tuple(m.after for m in members)
+    ensemble = f"ensemble of {len(members)}"
+    if before == after:
+        stages = [
+            Stage(members[0].name, "reference", before[:1]),
+            Stage(f"{precision} {ensemble}", "ensemble", after),
+        ]
+    else:
+        stages = [
+            Stage(f"fp32 {ensemble}", "reference", before),
+            Stage(f"{precision} {ensemble}", precision.upper(), after),
+        ]
+    view = members[0].view
+    return _judged(stages, dataset, view, labels, members, batch_size, progress, crops, resume, (), notes)
+
+
+def _judged(
+    stages: Sequence[Stage],
+    dataset: Dataset,
+    view: View,
+    labels: Sequence[str],
+    members: Sequence[EnsembleMember],
+    batch_size: int,
+    progress: Progress | None,
+    crops: Crops,
+    resume: ResumeFile | None,
+    assumed: Sequence[AssumedPart],
+    notes: Sequence[str],
+) -> ValidationResult:
+    started_s = time.monotonic()
     index_of, label_note = match_labels(dataset.class_names, labels, dataset.name)
-    tally = _Tally(judges, labels)
-    n_done = 0
-    for samples, pixels in labelled_batches(dataset, spec, color, batch_size):
+    judges = list(dict.fromkeys(judge for stage in stages for judge in stage.members))
+    places = [(judges.index(member.before), judges.index(member.after)) for member in members]
+
+    def take(
+        tally: ChainTally, samples: Sequence[Sample], answers: list[Answers], each: list[Answers]
+    ) -> None:
         truth = index_of[_own_labels(samples, len(index_of), dataset.name)]
-        outputs = [_checked_logits(judge, samples, pixels, len(labels)) for judge in judges]
-        tally.add(samples, truth, outputs)
-        n_done += len(samples)
-        if progress is not None:
-            progress("judging", n_done, len(dataset))
-    if n_done == 0:
-        reasons = "; ".join(f"{key}: {reason}" for key, reason in list(dataset.skipped)[:3])
-        raise DataError(f"{dataset.name} has no usable image" + (f" ({reasons})" if reasons else ""))
-    return tally.result(
+        tally.add(samples, truth, answers)
+        for sums, (before, after) in zip(tally.members, places, strict=True):
+            sums.add(each[before], each[after], answers[-1], truth)
+
+    tally, passed = pass_images(
+        stages,
         dataset,
+        ChainTally.of(len(stages), labels, len(members)),
+        take,
+        view=view,
+        crops=crops,
+        n_classes=len(labels),
+        batch_size=batch_size,
+        progress=progress,
+        resume=resume and resume.with_key({"labels": ", ".join(labels)}),
+    )
+    n, total = tally.n_images, tally.from_first[-1]
+    found = [tally.stage(i, stage.name, stage.part) for i, stage in enumerate(stages)]
+    return ValidationResult(
+        dataset_name=dataset.name,
+        dataset_sha256=dataset.sha256,
+        n_images=n,
+        n_skipped=len(passed.skipped),
+        skipped=tuple(SkippedImage(*item) for item in passed.skipped[:_MAX_SKIPPED_LISTED]),
+        top_k=tally.meters[0].top_k,
+        stages=tuple(found),
+        drops=tuple(
+            step.drop(after.part, before, after, n)
+            for step, before, after in zip(tally.steps, found[:-1], found[1:], strict=True)
+        ),
+        total=total.drop("total", found[0], found[-1], n),
         assumed=tuple(assumed),
-        notes=(*notes, *([label_note] if label_note else [])),
-        seconds=time.monotonic() - started,
+        classes=tally.classes(),
+        confusion=tally.confusion_changes(),
+        n_flips=n - total.same,
+        flips=tally.flips.flips(),
+        notes=(*notes, *([label_note] if label_note else []), *_notes(tally, passed, found[0])),
+        seconds=time.monotonic() - started_s,
+        n_classes=len(labels),
+        crops=crops,
+        members=tuple(
+            _member(member, sums, found[-1], n) for member, sums in zip(members, tally.members, strict=True)
+        ),
+    )
+
+
+def _notes(tally: ChainTally, passed: Passed, reference: StageAccuracy) -> list[str]:
+    """What a reader of the figures must know first."""
+    notes, labels = list(passed.notes), tally.labels
+    present = [index for index, count in enumerate(tally.class_images) if count]
+    if len(present) == 1 and len(labels) > 1:
+        notes.append(
+            f"all images are of the class {labels[present[0]]!r}: a network that gives this answer to everything "
+            "would be right on all of them; give images of the other classes too"
+        )
+    elif order := _other_order_note(tally):
+        notes.append(order)
+    elif reference.top1_interval.low <= 1 / len(labels):
+        # A model that does not know its classes loses nothing by quantization: that must not pass for good.
+        notes.append(
+            f"{reference.name} gets {100 * reference.top1:.2f}% right, which guessing among {len(labels)} classes "
+            f"can reach on {tally.n_images} images: are the labels in the model's order, and its weights trained?"
+        )
+    return notes
+
+
+def _member(member: EnsembleMember, sums: MemberTally, ensemble: StageAccuracy, n: int) -> Member:
+    before = stage_accuracy(sums.before, member.before.name, "reference", Pair())
+    after = stage_accuracy(sums.after, member.after.name, member.after.part, sums.step)
+    return Member(
+        name=member.name,
+        identity=member.after.identity,
+        before=before,
+        after=after,
+        drop=sums.step.drop(after.part, before, after, n),
+        to_ensemble=sums.to_ensemble.drop("ensemble", after, ensemble, n),
+    )
+
+
+def _other_order_note(tally: ChainTally) -> str | None:
+    """Whether the first stage knows the classes by other names: sure answers, and to the wrong labels."""
+    n_classes, n = len(tally.labels), tally.n_images
+    n_present = sum(count > 0 for count in tally.class_images)
+    if n_present < 2 or n < _MIN_IMAGES_A_CLASS * n_present:
+        return None
+    usual: dict[int, tuple[int, int]] = {}
+    for code, count in tally.confusion[0].items():
+        usual[code // n_classes] = max(usual.get(code // n_classes, (0, 0)), (count, code % n_classes))
+    renamed = {truth: found for truth, found in usual.items() if 2 * found[0] > tally.class_images[truth]}
+    answers = {answer for _, answer in renamed.values()}
+    if 2 * len(renamed) <= n_present or len(answers) < len(renamed):
+        return None  # few classes, or several that end in one: a poor model, and not another order
+    truth, (count, answer) = max(renamed.items(), key=lambda item: item[1])
+    return (
+        f"the labels seem to be in another order than the model's: {tally.meters[0].top1_correct:,} of {n:,} answers "
+        f"are right, but most images of {len(renamed)} of {n_present} classes get one and the same other answer "
+        f"({count} of {tally.class_images[truth]} images of {tally.labels[truth]!r} are called "
+        f"{tally.labels[answer]!r}); give the names in the model's order with --labels FILE"
     )
 
 
@@ -172,210 +324,3 @@ def _own_labels(samples: Sequence[Sample], n_classes: int, dataset: str) -> NDAr
                 f"{dataset}: {sample.key} has label {sample.label}, not one of its {n_classes} classes"
             )
     return np.array([sample.label for sample in samples], dtype=np.int64)
-
-
-def _checked_logits(
-    judge: Judge, samples: Sequence[Sample], pixels: NDArray[np.uint8], n_classes: int
-) -> NDArray[np.float64]:
-    raw = judge.logits(samples, pixels)
-    if raw.shape != (len(samples), n_classes):
-        raise EngineError(
-            f"{judge.name} gives outputs of shape {list(raw.shape)} for {len(samples)} images, where "
-            f"{n_classes} labels make [{len(samples)}, {n_classes}]: the labels are not this model's"
-        )
-    logits = raw.astype(np.float64)
-    broken = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if broken.size:
-        raise EngineError(
-            f"{judge.name} gives NaN or infinite logits for {broken.size} of {len(samples)} images, first "
-            f"{samples[int(broken[0])].key}: look for such values in the weights, or for empty ranges"
-        )
-    return logits
-
-
-class _Pair:
-    """Running sums over the images, of two judges."""
-
-    def __init__(self, before: int, after: int) -> None:
-        self.before, self.after = before, after
-        self.lost = self.gained = self.same = 0
-        self.signal_energy = self.noise_energy = self.max_abs_error = 0.0
-
-    def add(
-        self, logits: list[NDArray[np.float64]], top1: list[NDArray[np.int64]], truth: NDArray[np.int64]
-    ) -> None:
-        reference, error = logits[self.before], logits[self.before] - logits[self.after]
-        was_right, is_right = top1[self.before] == truth, top1[self.after] == truth
-        self.lost += int(np.sum(was_right & ~is_right))
-        self.gained += int(np.sum(~was_right & is_right))
-        self.same += int(np.sum(top1[self.before] == top1[self.after]))
-        self.signal_energy += float(np.vdot(reference, reference))
-        self.noise_energy += float(np.vdot(error, error))
-        self.max_abs_error = max(self.max_abs_error, float(np.max(np.abs(error))))
-
-    @property
-    def sqnr_db(self) -> float | None:
-        # Two answers that differ have noise; a reference of zeros only would be -inf, as bad as 0 dB.
-        if self.noise_energy == 0.0:
-            return None
-        return sqnr_db_from_energies(self.signal_energy, self.noise_energy) if self.signal_energy else 0.0
-
-
-class _Tally:
-    """All that is kept while the images go by."""
-
-    def __init__(self, judges: Sequence[Judge], labels: Sequence[str]) -> None:
-        self.judges, self.labels = judges, labels
-        self.top_k = min(5, len(labels))
-        self.n = 0
-        last = len(judges) - 1
-        self.top1_correct = [0] * len(judges)
-        self.top_k_correct = [0] * len(judges)
-        self.steps = [_Pair(i, i + 1) for i in range(last)]
-        self.from_first = [_Pair(0, i) for i in range(len(judges))]
-        n_classes = len(labels)
-        self.class_images = np.zeros(n_classes, np.int64)
-        self.class_correct = np.zeros((2, n_classes), np.int64)
-        self.confusion: tuple[Counter[tuple[int, int]], Counter[tuple[int, int]]] = (Counter(), Counter())
-        self.flips: list[tuple[float, int, Flip]] = []
-
-    def add(
-        self, samples: Sequence[Sample], truth: NDArray[np.int64], logits: list[NDArray[np.float64]]
-    ) -> None:
-        top1 = [row.argmax(axis=1) for row in logits]
-        for i, rows in enumerate(logits):
-            self.top1_correct[i] += int(np.sum(top1[i] == truth))
-            self.top_k_correct[i] += int(np.sum(top_k_correct(rows, truth, self.top_k)))
-        for pair in (*self.steps, *self.from_first):
-            pair.add(logits, top1, truth)
-        np.add.at(self.class_images, truth, 1)
-        for side, answers in enumerate((top1[0], top1[-1])):
-            np.add.at(self.class_correct[side], truth[answers == truth], 1)
-            wrong = answers != truth
-            self.confusion[side].update(zip(truth[wrong].tolist(), answers[wrong].tolist(), strict=True))
-        for row in np.flatnonzero(top1[0] != top1[-1]).tolist():
-            before, after = _softmax(logits[0][row]), _softmax(logits[-1][row])
-            self._keep_flip(samples[row], self.n + row, int(truth[row]), before, after)
-        self.n += len(samples)
-
-    def _keep_flip(
-        self, sample: Sample, order: int, truth: int, before: NDArray[np.float64], after: NDArray[np.float64]
-    ) -> None:
-        was, now = int(before.argmax()), int(after.argmax())
-        confidence = float(min(before[was], after[now]))
-        if len(self.flips) == MAX_FLIPS and confidence <= self.flips[0][0]:
-            return
-        flip = Flip(
-            key=sample.key,
-            truth=self.labels[truth],
-            before=self.labels[was],
-            after=self.labels[now],
-            before_confidence=float(before[was]),
-            after_confidence=float(after[now]),
-            kind="lost" if was == truth else "gained" if now == truth else "changed",
-            thumbnail_jpeg=_thumbnail(sample.image),
-        )
-        # -order: of equally confident flips the earlier stays, and flips are never compared themselves.
-        entry = (confidence, -order, flip)
-        if len(self.flips) < MAX_FLIPS:
-            heapq.heappush(self.flips, entry)
-        else:
-            heapq.heapreplace(self.flips, entry)
-
-    def result(
-        self, dataset: Dataset, *, assumed: tuple[AssumedPart, ...], notes: tuple[str, ...], seconds: float
-    ) -> ValidationResult:
-        skipped = [SkippedImage(key, reason) for key, reason in dataset.skipped]
-        total = self.from_first[-1]
-        stages = tuple(self._stage(i) for i in range(len(self.judges)))
-        return ValidationResult(
-            dataset_name=dataset.name,
-            dataset_sha256=dataset.sha256,
-            n_images=self.n,
-            n_skipped=len(skipped),
-            skipped=tuple(skipped[:_MAX_SKIPPED_LISTED]),
-            top_k=self.top_k,
-            stages=stages,
-            drops=tuple(self._drop(pair, self.judges[pair.after].part) for pair in self.steps),
-            total=self._drop(total, "total"),
-            assumed=assumed,
-            classes=self._classes(),
-            confusion=self._confusion_changes(),
-            n_flips=self.n - total.same,
-            flips=tuple(flip for _, _, flip in sorted(self.flips, key=lambda entry: entry[:2], reverse=True)),
-            notes=(*notes, *_guessing_note(stages[0], len(self.labels), self.n)),
-            seconds=seconds,
-        )
-
-    def _stage(self, i: int) -> StageAccuracy:
-        return StageAccuracy(
-            name=self.judges[i].name,
-            part=self.judges[i].part,
-            top1_correct=self.top1_correct[i],
-            top_k_correct=self.top_k_correct[i],
-            top1=self.top1_correct[i] / self.n,
-            top1_interval=wilson_interval(self.top1_correct[i], self.n),
-            top_k=self.top_k_correct[i] / self.n,
-            sqnr_from_first_db=self.from_first[i].sqnr_db,
-            max_abs_error_from_first=self.from_first[i].max_abs_error,
-        )
-
-    def _drop(self, pair: _Pair, part: str) -> Drop:
-        return Drop(
-            part=part,
-            before=self.judges[pair.before].name,
-            after=self.judges[pair.after].name,
-            lost=pair.lost,
-            gained=pair.gained,
-            drop_points=100 * (pair.lost - pair.gained) / self.n,
-            interval_points=paired_drop_interval(pair.lost, pair.gained, self.n).scaled(100),
-            top_k_drop_points=100
-            * (self.top_k_correct[pair.before] - self.top_k_correct[pair.after])
-            / self.n,
-            mcnemar_p=mcnemar_exact_p(pair.lost, pair.gained),
-            agreement=pair.same / self.n,
-            sqnr_db=pair.sqnr_db,
-            max_abs_error=pair.max_abs_error,
-        )
-
-    def _classes(self) -> tuple[ClassChange, ...]:
-        return tuple(
-            ClassChange(
-                i, self.labels[i], int(n), int(before), int(after), int(before) / int(n), int(after) / int(n)
-            )
-            for i, (n, before, after) in enumerate(zip(self.class_images, *self.class_correct, strict=True))
-            if n
-        )
-
-    def _confusion_changes(self) -> tuple[ConfusionChange, ...]:
-        before, after = self.confusion
-        changed = [pair for pair in sorted({*before, *after}) if before[pair] != after[pair]]
-        changed.sort(key=lambda pair: -abs(after[pair] - before[pair]))
-        return tuple(
-            ConfusionChange(self.labels[t], self.labels[p], before[t, p], after[t, p])
-            for t, p in changed[:_MAX_CONFUSION_CHANGES]
-        )
-
-
-def _guessing_note(reference: StageAccuracy, n_classes: int, n_images: int) -> tuple[str, ...]:
-    """A model that does not know its classes loses nothing by quantization: that must not pass for good."""
-    if reference.top1_interval.low > 1 / n_classes:
-        return ()
-    return (
-        f"{reference.name} gets {100 * reference.top1:.2f}% right, which guessing among {n_classes} classes can "
-        f"reach on {n_images} images: are the labels in the model's order, and its weights trained?",
-    )
-
-
-def _softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
-    exponentials = np.exp(logits - logits.max())
-    probabilities: NDArray[np.float64] = exponentials / exponentials.sum()
-    return probabilities
-
-
-def _thumbnail(image: NDArray[np.uint8]) -> bytes:
-    picture = Image.fromarray(np.ascontiguousarray(image))
-    picture.thumbnail((_THUMBNAIL_SIDE_PX, _THUMBNAIL_SIDE_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()

@@ -8,20 +8,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
-from pipeline.errors import AccuracyGateError, UsageError
-from pipeline.statistics import Interval, images_for_half_width
+from pipeline.errors import AccuracyGateError, DataError, UsageError
+from pipeline.statistics import Interval, images_to_show
+from pipeline.validation_meter import Confidence
 
 __all__ = [
     "AssumedPart",
     "ClassChange",
+    "Compared",
     "ConfusionChange",
     "Drop",
     "Flip",
+    "Member",
     "SkippedImage",
     "StageAccuracy",
     "ValidationResult",
+    "check_agreement",
     "check_budget",
     "interval_warning",
 ]
@@ -46,6 +50,8 @@ class StageAccuracy:
     top_k: float
     sqnr_from_first_db: float | None
     max_abs_error_from_first: float
+    confidence: Confidence
+    """How far this stage's confidence in its answers is from its accuracy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +104,13 @@ class ClassChange:
     after_correct: int
     before_accuracy: float
     after_accuracy: float
+    lost: int
+    gained: int
+    interval_points: Interval
+    """95%, of this class's drop; of many such intervals some miss."""
+    adjusted_p: float
+    """McNemar's exact test, adjusted by Holm for the number of classes: below 0.05, the class changed by
+    more than chance makes any of them change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +132,15 @@ class Flip:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     key: str
-    truth: str
+    truth: str | None
+    """``None`` where the images carry no labels."""
     before: str
     after: str
     before_confidence: float
     """Softmax probability of `before` in the first stage."""
     after_confidence: float
     kind: Literal["lost", "gained", "changed"]
-    """Right to wrong, wrong to right, or one wrong answer to another."""
+    """Right to wrong, wrong to right, or one wrong (or unlabelled) answer to another."""
     thumbnail_jpeg: bytes | None = field(default=None, repr=False)
     """Not in the JSON."""
 
@@ -144,6 +158,25 @@ class SkippedImage:
 
     key: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One network of an ensemble."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    name: str
+    identity: str
+    """What ships, by content: the graph's SHA-256 and the engine."""
+    before: StageAccuracy
+    """Alone, in fp32."""
+    after: StageAccuracy
+    """Alone, as it ships."""
+    drop: Drop
+    """From `before` to `after`."""
+    to_ensemble: Drop
+    """From `after` to the ensemble as it ships; negative: the ensemble is better."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +210,12 @@ class ValidationResult:
     """The most confident first; not all of them."""
     notes: tuple[str, ...]
     seconds: float
+    n_classes: int
+    """Of the model; `classes` may be fewer."""
+    crops: int
+    """Crops of an image whose softmax was averaged: 1, 10, 12 or 144."""
+    members: tuple[Member, ...]
+    """Of an ensemble; empty for a single network."""
 
     def to_json(self) -> dict[str, Any]:
         """JSON-compatible values: finite numbers, ``null`` for an infinite SQNR, no thumbnails."""
@@ -194,42 +233,100 @@ def check_budget(result: ValidationResult, max_drop_points: float) -> None:
 
     Raises:
         AccuracyGateError: the drop is larger than `max_drop_points`.
+        DataError: all images are of one class, where a network that names only this class has no drop.
         UsageError: the budget is not a number of points from 0 to 100.
     """
     _check_points(max_drop_points)
+    if len(result.classes) == 1 and result.n_classes > 1:
+        raise DataError(
+            f"all {result.n_images:,} images of {result.dataset_name} are of the class "
+            f"{result.classes[0].label!r}: a network that answers {result.classes[0].label!r} to everything loses "
+            f"nothing on them, so they cannot judge --max-drop; give images of all {result.n_classes} classes"
+        )
     total = result.total
-    if total.drop_points <= max_drop_points + 1e-9:  # 100 * 5 / 1000 may come out above 0.5
+    if _within(total.drop_points, max_drop_points):
         return
-    worst = max(result.drops, key=lambda drop: drop.drop_points)
     warning = interval_warning(result, max_drop_points)
     raise AccuracyGateError(
         f"top-1 falls by {total.drop_points:.2f} points from {total.before} to {total.after} (95% interval "
         f"{total.interval_points.low:+.2f} to {total.interval_points.high:+.2f}, {result.n_images:,} images), "
-        f"past the budget of {max_drop_points:g}. Most of it comes from "
-        f"{worst.part} ({worst.drop_points:+.2f}): {_REMEDIES.get(worst.part, _INT8_REMEDY)}"
+        f"past the budget of {max_drop_points:g}. {_cause(result, max_drop_points)}"
         + (f" {warning}" if warning else "")
+    )
+
+
+class Compared(Protocol):
+    """Two stages, and the share of images to which they give the same answer."""
+
+    @property
+    def before(self) -> str:
+        """The name of the first."""
+        ...
+
+    @property
+    def after(self) -> str:
+        """The name of the second."""
+        ...
+
+    @property
+    def agreement(self) -> float:
+        """In [0, 1]."""
+        ...
+
+
+def check_agreement(total: Compared, n_images: int, min_agreement_percent: float) -> None:
+    """Refuse an engine that gives too many images another answer than the first stage.
+
+    Args:
+        total: from the first stage to the last: a `Drop`, or an `Agreement` of images without labels.
+        n_images: on which it was measured.
+        min_agreement_percent: what is asked for.
+
+    Raises:
+        AccuracyGateError: the share is smaller.
+        UsageError: not a percentage from 0 to 100.
+    """
+    if not math.isfinite(min_agreement_percent) or not 0 <= min_agreement_percent <= 100:
+        raise UsageError(f"--min-agreement is a percentage, 0 to 100, got {min_agreement_percent}")
+    if 100 * total.agreement >= min_agreement_percent - 1e-9:
+        return
+    raise AccuracyGateError(
+        f"{total.after} gives {100 * total.agreement:.2f}% of {n_images:,} images the answer of {total.before}, fewer "
+        f"than the {min_agreement_percent:g}% of --min-agreement: try another --calibrator (entropy, mse, percentile, "
+        "minmax), calibrate on more images that look like the ones judged, or ask for less."
     )
 
 
 def interval_warning(result: ValidationResult, max_drop_points: float) -> str | None:
     """Whether these images are too few to judge the budget, and how many would be enough.
 
-    ``± half width`` of the total drop's 95% interval is compared with the budget: where it is
-    wider, an engine with no drop at all may fail, and one with twice the budget may pass.
+    Too few they are where ``± half width`` of the total drop's 95% interval is wider than the budget: an
+    engine with no drop at all may then fail, and one with twice the budget may pass. And where the drop is
+    within the budget, but its interval reaches past it. Enough are those that show it in 4 of 5
+    measurements, where as many answers change as here: `pipeline.statistics.images_to_show`.
 
     Raises:
         UsageError: the budget is not a number of points from 0 to 100.
     """
     _check_points(max_drop_points)
     total, n = result.total, result.n_images
-    half_width = total.interval_points.half_width
-    if max_drop_points == 0 or half_width <= max_drop_points:
+    if not 0 < max_drop_points < 100:
         return None
-    needed = images_for_half_width(max_drop_points / 100, total.lost, total.gained, n)
-    return (
-        f"{n:,} images measure the drop to ±{half_width:.2f} points, wider than the budget of "
-        f"{max_drop_points:g}; about {_two_digits(needed)} images would narrow it to that."
-    )
+    changed, budget = (total.lost + total.gained) / n, max_drop_points / 100
+    if total.interval_points.half_width > max_drop_points:
+        needed = images_to_show(budget, changed / 2, changed / 2)
+        return (
+            f"{n:,} images measure the drop to ±{total.interval_points.half_width:.2f} points, wider than the budget "
+            f"of {max_drop_points:g}; about {_two_digits(needed)} images are needed to show that an engine without a "
+            "drop is within it (in 4 of 5 measurements)."
+        )
+    if total.drop_points < max_drop_points < total.interval_points.high:
+        needed = images_to_show(budget, total.lost / n, total.gained / n)
+        return (
+            f"The interval reaches past the budget of {max_drop_points:g}; about {_two_digits(needed)} images are "
+            f"needed to show that a drop of {total.drop_points:.2f} points is within it (in 4 of 5 measurements)."
+        )
+    return None
 
 
 _INT8_REMEDY = (
@@ -246,6 +343,26 @@ _REMEDIES = {
         "rewrote, or allow more with --max-drop."
     ),
 }
+
+
+def _cause(result: ValidationResult, max_drop_points: float) -> str:
+    """Which part of the drop is to blame, and its remedy."""
+    worst = max(result.drops, key=lambda drop: drop.drop_points)
+    of_fp32 = [drop for drop in result.drops if drop.part in _REMEDIES]
+    fp32_points = sum(drop.drop_points for drop in of_fp32)
+    if of_fp32 and not _within(fp32_points, max_drop_points):
+        worst = max(of_fp32, key=lambda drop: drop.drop_points)
+        start = (
+            f"fp32 itself misses it: {of_fp32[-1].after} has lost {fp32_points:.2f} points before anything is "
+            f"quantized, which no precision wins back. Most of that comes from {worst.part}"
+        )
+    else:
+        start = f"Most of it comes from {worst.part}"
+    return f"{start} ({worst.drop_points:+.2f}): {_REMEDIES.get(worst.part, _INT8_REMEDY)}"
+
+
+def _within(drop_points: float, max_drop_points: float) -> bool:
+    return drop_points <= max_drop_points + 1e-9  # 100 * 5 / 1000 may come out above 0.5
 
 
 def _check_points(max_drop_points: float) -> None:

@@ -34,6 +34,20 @@ CALIBRATED_INT8_SQNR_DB = 37.0
 """Logits of the tiny calibrated model, int8 against fp32, in dB of what tells images apart. The four methods reach
 39.3 to 39.7 (OpenVINO, VNNI or better); one range of four ten times too wide leaves 35.5 at most."""
 
+SIMULATED_MEASUREMENTS = 1000
+"""Draws of a simulated validation; the share of them is then known to ±0.013 (one standard deviation)."""
+
+PLANNED_POWER_ATOL = 0.05
+"""Share of simulated validations that show what was planned for, against the planned 0.8. The plan is a normal
+approximation: 0.806 to 0.816 over five cases in 1500 draws each; three standard deviations of the draws above
+that."""
+
+FALSE_ALARM_ATOL = 0.015
+"""Share of 2000 simulated families with a false alarm, against 0.05: three standard deviations (0.005)."""
+
+AVERAGED_SOFTMAX_ATOL = 1e-12
+"""Averaged probabilities against the same average in another order, both float64."""
+
 CUDA_PREPROCESS_LEVELS = 0
 """Pixels of the CUDA kernels, compiled for the CPU, against `pipeline.preprocess`, in uint8 levels: the same integers
 and the same doubles as Pillow's. (What is required of the kernel is 1.)"""

@@ -12,10 +12,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from apps.report import wording
-from apps.report.plots import class_plot, class_plot_text, drop_plot, drop_plot_text, range_plot
+from apps.report.plots import (
+    accuracy_plot,
+    accuracy_plot_text,
+    class_plot,
+    class_plot_text,
+    confusion_plot,
+    confusion_plot_text,
+    drop_plot,
+    drop_plot_text,
+    range_plot,
+    reliability_plot,
+    reliability_plot_text,
+)
 from pipeline.artifacts import CalibrationTable
 from pipeline.errors import EdgefoldError
-from pipeline.validation_result import ClassChange, ValidationResult
+from pipeline.validation_agreement import AgreementResult
+from pipeline.validation_result import ClassChange, Flip, ValidationResult
 
 if TYPE_CHECKING:
     from pipeline.manifest import Manifest
@@ -24,6 +37,7 @@ __all__ = ["LatencyRow", "render_report"]
 
 _MAX_PLOTTED_CLASSES = 16
 _MAX_CLASS_ROWS = 200
+_MAX_PLOTTED_CONFUSIONS = 12
 _WIDEST_RANGES = 8
 
 
@@ -44,8 +58,10 @@ def render_report(
     path: Path,
     *,
     validation: ValidationResult | None,
+    agreement: AgreementResult | None = None,
     title: str | None = None,
     max_drop_points: float | None = None,
+    min_agreement_percent: float | None = None,
     manifest: Manifest | None = None,
     calibration: CalibrationTable | None = None,
     latency: Sequence[LatencyRow] = (),
@@ -56,8 +72,10 @@ def render_report(
     Args:
         path: the file; replaced in one step, or untouched.
         validation: what was measured, ``None`` where the engine was not validated.
+        agreement: what was measured instead on images without labels.
         title: by default the bundle's name.
         max_drop_points: the accuracy budget, in points of top-1.
+        min_agreement_percent: the share of images that must keep their answer.
         manifest: of the bundle: digests, versions, stages, and what folding did.
         calibration: the ranges.
         latency: measured engines, best compared side by side.
@@ -84,21 +102,39 @@ def render_report(
         short=wording.short,
         sqnr=wording.sqnr,
         p_value=wording.p_value,
+        protocol=wording.protocol,
     )
+    measured = validation or agreement
     html = environment.get_template("report.html.j2").render(
         title=title or (manifest.name if manifest else "Validation"),
         v=validation,
-        verdict=wording.verdict(validation, max_drop_points) if validation else None,
-        max_drop_points=max_drop_points,
+        a=agreement,
+        verdict=_verdict(validation, agreement, max_drop_points, min_agreement_percent),
         manifest=manifest,
         calibration=calibration,
         latency=latency,
         commands=commands,
+        thumbnails=_thumbnails(measured.flips if measured else ()),
         **_validation_parts(validation, max_drop_points),
         **_calibration_parts(calibration),
         **_fold_parts(manifest),
     )
     _write_atomically(path, html.encode())
+
+
+def _verdict(
+    validation: ValidationResult | None,
+    agreement: AgreementResult | None,
+    max_drop_points: float | None,
+    min_agreement_percent: float | None,
+) -> wording.Verdict | None:
+    if validation is not None:
+        return wording.verdict(validation, max_drop_points)
+    return None if agreement is None else wording.agreement_verdict(agreement, min_agreement_percent)
+
+
+def _thumbnails(flips: Sequence[Flip]) -> list[str]:
+    return [base64.b64encode(flip.thumbnail_jpeg or b"").decode() for flip in flips]
 
 
 def _validation_parts(v: ValidationResult | None, max_drop_points: float | None) -> dict[str, Any]:
@@ -107,7 +143,16 @@ def _validation_parts(v: ValidationResult | None, max_drop_points: float | None)
     # With one step only, the total is that step.
     drops = [*v.drops, v.total] if len(v.drops) > 1 else [v.total]
     plotted = _most_changed(v.classes)
+    first, last = v.stages[0], v.stages[-1]
+    confusions = v.confusion[:_MAX_PLOTTED_CONFUSIONS]
+    rows = [*((member.name, member.after) for member in v.members), (last.name, last)]
     return {
+        "reliability_svg": reliability_plot(first, last),
+        "reliability_text": reliability_plot_text(first, last),
+        "confusion_svg": confusion_plot(confusions) if confusions else None,
+        "confusion_text": confusion_plot_text(confusions),
+        "member_svg": accuracy_plot(rows) if v.members else None,
+        "member_text": accuracy_plot_text(rows),
         "drop_svg": drop_plot(drops, max_drop_points),
         "drop_text": drop_plot_text(drops),
         "class_svg": class_plot(plotted) if plotted else None,
@@ -115,7 +160,6 @@ def _validation_parts(v: ValidationResult | None, max_drop_points: float | None)
         "n_plotted": len(plotted),
         "class_rows": sorted(v.classes, key=lambda c: c.after_accuracy - c.before_accuracy)[:_MAX_CLASS_ROWS],
         "n_changed_wrong": v.n_flips - v.total.lost - v.total.gained,
-        "thumbnails": [base64.b64encode(flip.thumbnail_jpeg or b"").decode() for flip in v.flips],
     }
 
 

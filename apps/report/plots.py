@@ -16,12 +16,24 @@ from typing import TYPE_CHECKING, Any
 from apps.report.wording import percent, points
 from pipeline.artifacts import TensorRange
 from pipeline.errors import UnsupportedError
-from pipeline.validation_result import ClassChange, Drop
+from pipeline.validation_result import ClassChange, ConfusionChange, Drop, StageAccuracy
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["class_plot", "class_plot_text", "drop_plot", "drop_plot_text", "range_plot"]
+__all__ = [
+    "accuracy_plot",
+    "accuracy_plot_text",
+    "class_plot",
+    "class_plot_text",
+    "confusion_plot",
+    "confusion_plot_text",
+    "drop_plot",
+    "drop_plot_text",
+    "range_plot",
+    "reliability_plot",
+    "reliability_plot_text",
+]
 
 _INK, _MUTED, _GRID, _CARD = "#010101", "#020202", "#030303", "#040404"
 _ACCENT, _GOOD, _BAD = "#050505", "#060606", "#070707"
@@ -99,6 +111,102 @@ def class_plot(classes: Sequence[ClassChange]) -> str:
     return _svg("classes", len(classes), draw)
 
 
+def accuracy_plot(rows: Sequence[tuple[str, StageAccuracy]]) -> str:
+    """Top-1 of each row with its 95% interval; the last row is the one that the others are parts of."""
+
+    def draw(axes: Axes) -> None:
+        for row, (_, stage) in enumerate(rows):
+            low, high = 100 * stage.top1_interval.low, 100 * stage.top1_interval.high
+            bold = row == len(rows) - 1
+            color = _ACCENT if bold else _MUTED
+            axes.plot(
+                [low, high], [row, row], color=color, linewidth=4 if bold else 2, solid_capstyle="round"
+            )
+            axes.plot(100 * stage.top1, row, "D" if bold else "o", color=color, markersize=7 if bold else 6)
+            axes.annotate(
+                percent(stage.top1),
+                (high, row),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                color=_INK,
+                weight="bold" if bold else "normal",
+            )
+        axes.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.margins(x=0.16)
+        axes.set_xlabel("top-1, %, with 95% interval")
+
+    return _svg("accuracy", len(rows), draw)
+
+
+def reliability_plot(before: StageAccuracy, after: StageAccuracy) -> str:
+    """Accuracy against confidence, before and after: on the diagonal, a confidence says how often it is right."""
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 100], [0, 100], color=_MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for stage, color, style in ((before, _INK, "--"), (after, _ACCENT, "-")):
+            bins = stage.confidence.bins
+            largest = max(item.n_images for item in bins)
+            x = [100 * item.mean_confidence for item in bins]
+            y = [100 * item.accuracy for item in bins]
+            axes.plot(x, y, style, color=color, linewidth=1.4, zorder=3)
+            # A bin of three images says little, and looks it.
+            sizes = [9 + 90 * item.n_images / largest for item in bins]
+            hollow = color == _INK
+            axes.scatter(
+                x,
+                y,
+                sizes,
+                facecolors=_CARD if hollow else color,
+                edgecolors=color,
+                linewidths=1.2,
+                zorder=4 if hollow else 5,
+                alpha=None if hollow else 0.75,
+            )
+        axes.grid(axis="y", color=_GRID, linewidth=0.6)
+        axes.set_xlim(-3, 104)
+        axes.set_ylim(-3, 104)
+        axes.set_xlabel("confidence, % (ring: before, dot: after)")
+        axes.set_ylabel("right, %")
+
+    return _svg("reliability", 8, draw)
+
+
+def confusion_plot(changes: Sequence[ConfusionChange]) -> str:
+    """Truth against answer: red where an answer is wrong more often than before, green where less."""
+    truths = list(dict.fromkeys(change.truth for change in changes))
+    answers = list(dict.fromkeys(change.predicted for change in changes))
+
+    def draw(axes: Axes) -> None:
+        largest = max(abs(change.after - change.before) for change in changes)
+        for change in changes:
+            difference = change.after - change.before
+            row, column = truths.index(change.truth), answers.index(change.predicted)
+            color = _BAD if difference > 0 else _GOOD
+            strength = 0.15 + 0.45 * abs(difference) / largest
+            axes.fill_between(
+                [column - 0.47, column + 0.47],
+                row - 0.46,
+                row + 0.46,
+                color=color,
+                alpha=strength,
+                linewidth=0,
+            )
+            axes.annotate(
+                f"{difference:+d}".replace("-", "−"), (column, row), ha="center", va="center", color=_INK
+            )
+        axes.set_yticks(range(len(truths)), [_short(label) for label in truths])
+        axes.set_xticks(range(len(answers)), [_short(label) for label in answers], rotation=45, ha="right")
+        axes.set_xlim(-0.6, len(answers) - 0.4)
+        axes.set_ylim(len(truths) - 0.4, -0.6)
+        axes.grid(False)
+        axes.set_xlabel("answer")
+        axes.set_ylabel("truth")
+
+    return _svg("confusion", len(truths) + 3, draw)
+
+
 def range_plot(ranges: Mapping[str, TensorRange]) -> str:
     """Calibrated range of every activation, in the table's order; logarithmic away from 0."""
 
@@ -122,6 +230,30 @@ def drop_plot_text(drops: Sequence[Drop]) -> str:
         f"{d.part} {points(d.drop_points)} points "
         f"({points(d.interval_points.low)} to {points(d.interval_points.high)})"
         for d in drops
+    )
+
+
+def accuracy_plot_text(rows: Sequence[tuple[str, StageAccuracy]]) -> str:
+    """What `accuracy_plot` shows, for those who do not see it."""
+    return "; ".join(
+        f"{name} {percent(stage.top1)} ({percent(stage.top1_interval.low)} to {percent(stage.top1_interval.high)})"
+        for name, stage in rows
+    )
+
+
+def reliability_plot_text(before: StageAccuracy, after: StageAccuracy) -> str:
+    """What `reliability_plot` shows, for those who do not see it."""
+    return "; ".join(
+        f"{stage.name}: mean confidence {percent(stage.confidence.mean)}, right {percent(stage.top1)}, expected "
+        f"calibration error {percent(stage.confidence.ece)}"
+        for stage in (before, after)
+    )
+
+
+def confusion_plot_text(changes: Sequence[ConfusionChange]) -> str:
+    """What `confusion_plot` shows, for those who do not see it."""
+    return "; ".join(
+        f"{change.truth} taken for {change.predicted} {change.before} to {change.after}" for change in changes
     )
 
 

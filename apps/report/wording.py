@@ -5,9 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pipeline.statistics import Interval
+from pipeline.validation_agreement import AgreementResult
 from pipeline.validation_result import Drop, ValidationResult, interval_warning
 
-__all__ = ["Verdict", "images", "p_value", "percent", "points", "short", "sqnr", "verdict"]
+__all__ = [
+    "Verdict",
+    "agreement_verdict",
+    "images",
+    "p_value",
+    "percent",
+    "points",
+    "protocol",
+    "short",
+    "sqnr",
+    "verdict",
+]
 
 _NOTICEABLE_POINTS = 1.0
 """Without a budget: what most users of a classifier would notice, and call a loss."""
@@ -47,6 +60,8 @@ def verdict(result: ValidationResult, max_drop_points: float | None = None) -> V
         headline = f"Within the budget of {max_drop_points:g} points" + (
             ", but on too few images to be sure" if warning else ""
         )
+        if warning is None:
+            sentences.append("The whole interval lies within the budget.")
         return Verdict("unsure" if warning else "good", headline, tuple(sentences))
     if low > 0:
         headline = f"{after.name} costs accuracy: {total.drop_points:.2f} points of top-1"
@@ -59,6 +74,39 @@ def verdict(result: ValidationResult, max_drop_points: float | None = None) -> V
         return Verdict("good", f"{after.name} keeps the accuracy", tuple(sentences))
     headline = f"No loss shown, but {images(result.n_images)} cannot rule out {high:.1f} points"
     return Verdict("unsure", headline, tuple(sentences))
+
+
+def agreement_verdict(result: AgreementResult, min_agreement_percent: float | None = None) -> Verdict:
+    """Judge the agreement with the first stage, against a limit where there is one.
+
+    Args:
+        result: what was measured.
+        min_agreement_percent: the share of images that must keep their answer.
+    """
+    total = result.total
+    sentences = (
+        f"On {images(result.n_images)} without labels, {total.after} gives {percent(total.agreement)} of them the "
+        f"answer of {total.before}: {result.n_flips:,} changed. With 95% confidence the true share lies between "
+        f"{_between(total.interval)}.",
+        f"Whatever the labels are, top-1 can have fallen by {100 * (1 - total.agreement):.2f} points at most on these "
+        "images. How much it did fall, only labels can tell.",
+    )
+    share = percent(total.agreement)
+    if min_agreement_percent is None:
+        return Verdict("unsure", f"{total.after} keeps {share} of the answers", sentences)
+    if 100 * total.agreement < min_agreement_percent - 1e-9:
+        headline = f"Too few answers kept: {share}, and {min_agreement_percent:g}% asked for"
+        return Verdict("bad", headline, sentences)
+    sure = 100 * total.interval.low >= min_agreement_percent
+    headline = f"{share} of the answers kept, {min_agreement_percent:g}% asked for" + (
+        "" if sure else ", but on too few images to be sure"
+    )
+    return Verdict("good" if sure else "unsure", headline, sentences)
+
+
+def protocol(result: ValidationResult | AgreementResult) -> str:
+    """What was averaged, where something was: ``, 12 crops each``."""
+    return f", {result.crops} crops each" if result.crops > 1 else ""
 
 
 def images(count: int) -> str:
@@ -93,6 +141,10 @@ def sqnr(value_db: float | None) -> str:
 def p_value(p: float) -> str:
     """``= 0.032``: two digits, and no string of zeros."""
     return "< 0.0001" if p < 1e-4 else f"= {p:.2g}"
+
+
+def _between(interval: Interval) -> str:
+    return f"{percent(interval.low)} and {percent(interval.high)}"
 
 
 def _chance(total: Drop) -> str:

@@ -7,10 +7,12 @@ import threading
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
+
+from pipeline.validation_meter import AccuracyFigures, AccuracyMeter
 
 __all__ = ["STAGES", "LatencyHistogram", "LatencySummary", "MetricsSnapshot", "StreamMetrics"]
 
@@ -105,6 +107,8 @@ class MetricsSnapshot:
     """Inferred frames a second, over the last two seconds."""
     labelled: int
     correct: int
+    accuracy: AccuracyFigures | None
+    """Of the labelled frames, as `edgefold validate` has them; ``None`` without labels."""
     latency: dict[str, LatencySummary]
     """By stage, see `STAGES`."""
 
@@ -125,6 +129,7 @@ class StreamMetrics:
         self._frames_inferred = 0
         self._labelled = 0
         self._correct = 0
+        self._meter: AccuracyMeter | None = None
         self._recent_s: deque[float] = deque(maxlen=_FPS_MAX_SAMPLES)
 
     def record(self, stage: str, seconds: float) -> None:
@@ -151,6 +156,13 @@ class StreamMetrics:
                 self._labelled += 1
                 self._correct += correct
 
+    def frame_judged(self, scores: NDArray[Any], truth: int) -> None:
+        """The scores (C,) of a labelled frame, and its true class."""
+        with self._lock:
+            if self._meter is None:
+                self._meter = AccuracyMeter(scores.size)
+            self._meter.update(scores, truth)
+
     def fps(self) -> float:
         """Inferred frames a second over the last two seconds (or the last 512 frames)."""
         with self._lock:
@@ -174,5 +186,6 @@ class StreamMetrics:
                 fps=self._fps(),
                 labelled=self._labelled,
                 correct=self._correct,
+                accuracy=self._meter.figures() if self._meter else None,
                 latency={stage: histogram.summary() for stage, histogram in self._stages.items()},
             )

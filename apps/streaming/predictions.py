@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from pipeline.artifacts import Frame
 from pipeline.errors import EngineError
+from pipeline.metrics import probabilities
 
 __all__ = ["TOP_K", "Prediction", "RankedClass", "predict"]
 
@@ -78,15 +79,6 @@ def predict(scores: NDArray[Any], labels: Sequence[str], frame: Frame) -> Predic
         )
     # Stable: among equal scores the lowest index wins, as argmax has it in validation.
     order = np.argsort(-values, kind="stable")[:TOP_K]
-    confidence = _confidences(values)
+    confidence = probabilities(values[np.newaxis])[0]
     top = tuple(RankedClass(int(i), labels[i], float(confidence[i])) for i in order)
     return Prediction(frame.source_id, frame.index, frame.timestamp_ns, top, frame.label)
-
-
-def _confidences(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Softmax of logits; scores that already are a distribution (an imported graph that ends in a
-    softmax) stay as they are, since a second softmax would flatten them."""
-    if values.min() >= 0.0 and abs(values.sum() - 1.0) < 1e-3:
-        return values
-    exponentials = np.exp(values - values.max())
-    return np.asarray(exponentials / exponentials.sum(), np.float64)

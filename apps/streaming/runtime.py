@@ -228,8 +228,11 @@ class StreamRuntime:
         waited_s, inferred_s = self._engine_seconds(item)
         metrics.record("queue", item.waited_s + waited_s)
         metrics.record("infer", inferred_s)
-        prediction = predict(outputs[self._runner.outputs[0].name], self._labels, frame)
+        scores = outputs[self._runner.outputs[0].name]
+        prediction = predict(scores, self._labels, frame)
         metrics.frame_inferred(prediction.correct)
+        if frame.label is not None:
+            metrics.frame_judged(scores.reshape(-1), frame.label)
         on_prediction(frame, prediction)
         ended_ns = time.monotonic_ns()
         metrics.record("postprocess", (ended_ns - started_ns) / 1e9)

@@ -30,6 +30,7 @@ from pipeline.bundle import Bundle, open_bundle
 from pipeline.contracts import Runner
 from pipeline.errors import DataError, DeviceFaultError, IntegrityError, UsageError
 from pipeline.preprocess import normalize, to_network_pixels
+from pipeline.validation_meter import AccuracyFigures
 
 __all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
 
@@ -59,6 +60,8 @@ class StreamSummary:
     """By reason."""
     labelled: int
     correct: int
+    accuracy: AccuracyFigures | None
+    """Of the labelled frames: top-1 with its interval, top-k, calibration of confidence."""
     latency: dict[str, LatencySummary]
     """By stage, see `apps.streaming.metrics.STAGES`."""
     recording: str | None
@@ -194,6 +197,7 @@ def run_stream(
         dropped=final.dropped,
         labelled=final.labelled,
         correct=final.correct,
+        accuracy=final.accuracy,
         latency=final.latency,
         recording=str(record) if record is not None and final.frames_inferred else None,
         predictions=None if predictions is None else str(predictions),

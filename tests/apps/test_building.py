@@ -7,6 +7,7 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from tinted import FACTORY, write_tinted_images
@@ -64,6 +65,30 @@ def test_a_users_own_model_becomes_a_judged_bundle(model_py: str, images: Path, 
     assert bundle.manifest.accuracy.fp32_top1 == 1.0
     assert bundle.manifest.accuracy.int8_top1 == 1.0
     assert list(tmp_path.glob(".bundle.tmp")) == []
+
+
+def test_calibration_images_among_those_judged_are_counted(
+    model_py: str, images: Path, tmp_path: Path
+) -> None:
+    outcome = build(request(model_py, images, tmp_path / "bundle"), quiet)
+    assert outcome.validation is not None
+    assert outcome.validation.notes[0].startswith(
+        "20 of the images judged are also among the 20 that the engine was calibrated on (a_red/0.png, "
+    )
+    rng = np.random.default_rng(9)
+    for file in (images / "a_red").iterdir():  # half of them replaced
+        pixels = np.clip(rng.normal((150, 60, 60), 40, (40, 48, 3)), 0, 255).astype(np.uint8)
+        (tmp_path / "others" / "a_red").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "others" / "a_red" / file.name)
+    (tmp_path / "others" / "b_blue").mkdir()
+    (images / "b_blue" / "0.png").rename(tmp_path / "others" / "b_blue" / "moved.png")
+    (tmp_path / "others" / "b_blue" / "copy.png").write_bytes((images / "b_blue" / "1.png").read_bytes())
+    apart = build(
+        request(model_py, images, tmp_path / "apart", eval_data=str(tmp_path / "others")), quiet
+    ).validation
+    assert apart is not None
+    assert apart.notes[0].startswith("1 of the images judged are also among the 19")
+    assert "(b_blue/copy.png)" in apart.notes[0]
 
 
 def test_each_stage_takes_what_the_one_before_made(model_py: str, images: Path, tmp_path: Path) -> None:

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from apps.report import LatencyRow, print_validation, render_report, verdict
-from apps.report.wording import p_value, percent, points, short, sqnr
+from apps.report import LatencyRow, print_agreement, print_validation, render_report, verdict
+from apps.report.wording import agreement_verdict, p_value, percent, points, short, sqnr
 from pipeline.artifacts import CalibrationTable, Fingerprint, PreprocessSpec, Sample, StageRecord, TensorRange
 from pipeline.errors import EdgefoldError, UnsupportedError
 from pipeline.manifest import CalibrationSummary, EngineRecord, FileRecord, Manifest, ModelSource
 from pipeline.passes.graph_pass import PassRecord
-from pipeline.validation import Judge, judge_chain
-from pipeline.validation_result import AssumedPart, ValidationResult
+from pipeline.statistics import wilson_interval
+from pipeline.validation import EnsembleMember, Judge, judge_chain, judge_ensemble
+from pipeline.validation_agreement import Agreement, AgreementResult
+from pipeline.validation_crops import View
+from pipeline.validation_result import AssumedPart, Flip, ValidationResult
 
 SHA = "ab" * 32
 SPEC = PreprocessSpec(input_hw=(4, 4), resize="none")
@@ -203,8 +206,19 @@ def test_every_picture_has_words(full_page):
     assert page.images[0]["src"].startswith("data:image/jpeg;base64,/9j/")
     assert all("taken for" in image["alt"] for image in page.images)
     figures = re.findall(r'<figure role="img" aria-label="([^"]+)"', full_page)
-    assert len(figures) == full_page.count("<svg") == 3
-    assert figures[0].startswith("Drop of top-1 with 95% intervals: export 0.00 points")
+    assert len(figures) == full_page.count("<svg") == 5
+    for figure, starts in zip(
+        figures,
+        (
+            "Drop of top-1 with 95% intervals: export 0.00 points",
+            "Accuracy against confidence: PyTorch fp32: mean confidence 96.47%, right 99.83%, expected",
+            "Accuracy of each class before and after: ant ",
+            "Changes of confusions, truth against answer: ",
+            "Calibrated range of each of 9 activations",
+        ),
+        strict=True,
+    ):
+        assert figure.startswith(starts)
 
 
 def test_plots_take_the_colours_of_the_page(full_page):
@@ -312,10 +326,14 @@ class TestVerdict:
 
     def test_the_budget_decides_where_there_is_one(self):
         assert verdict(measured(lost=60, gained=2), 5).level == "bad"
-        assert verdict(measured(lost=60, gained=2), 10).level == "good"
+        good = verdict(measured(lost=60, gained=2), 15)
+        assert (good.level, good.sentences[-1]) == ("good", "The whole interval lies within the budget.")
         unsure = verdict(measured(lost=1, gained=1), 0.1)
         assert unsure.level == "unsure"
-        assert "images would narrow it to that" in unsure.sentences[-1]
+        assert "images are needed to show that an engine without a drop is within it" in unsure.sentences[-1]
+        close = verdict(measured(lost=60, gained=2), 10)  # 9.67, and up to 12.3
+        assert close.level == "unsure"
+        assert close.sentences[-1].startswith("The interval reaches past the budget of 10; about ")
 
 
 def test_numbers_as_text():
@@ -345,9 +363,95 @@ def test_the_terminal_tables_fit_80_columns_and_keep_every_number():
         "98.33%",
         "Past the budget",
         "1 image skipped",
+        "3.37%",  # ECE of the fp32 stages
+        "Confusions that changed most: ",
+        "3 of 3 that lost; none of 3 changed by",
     ):
         assert expected in text, expected
     assert "…" not in text
+
+
+def unlabelled(same=97, n=100) -> AgreementResult:
+    step = Agreement(
+        "INT8", "OpenVINO fp32, folded", "OpenVINO int8", same, same / n, wilson_interval(same, n), 31.0, 0.5
+    )
+    export = replace(step, part="export", before="PyTorch fp32", after="OpenVINO fp32, folded", sqnr_db=None)
+    flips = tuple(
+        Flip(f"<b>{i}</b>.png", None, "ant", "bee", 0.6, 0.5, "changed", b"") for i in range(n - same)
+    )
+    return AgreementResult(
+        "frames", SHA, n, 0, (), ("PyTorch fp32", "OpenVINO fp32, folded", "OpenVINO int8"), (export, step),
+        replace(step, part="total", before="PyTorch fp32"), (), flips, ("a note",), 1.0, 1,
+    )  # fmt: skip
+
+
+class TestAgreement:
+    def test_the_page_claims_no_accuracy(self, tmp_path):
+        render_report(
+            tmp_path / "r.html", validation=None, agreement=unlabelled(), manifest=bundle_manifest()
+        )
+        html = (tmp_path / "r.html").read_text()
+        page = Page(html)
+        assert "97.00% of the answers" in page.text
+        assert "The images carry no labels: which answer is right is not known." in page.text
+        assert "top-1 can have fallen by 3.00 points at most" in page.text
+        assert "<b>2</b>.png" in page.text
+        assert "a note" in page.text
+        assert "Top-1 after" not in page.text
+        assert "Accuracy not measured" not in page.text
+        assert {"agreement", "flips", "provenance"} <= set(page.ids)
+        assert "drop" not in page.ids
+
+    def test_the_limit_decides_where_there_is_one(self):
+        assert agreement_verdict(unlabelled(97), 98).level == "bad"
+        assert agreement_verdict(unlabelled(97), 95).level == "unsure"  # 91.5 to 99.0
+        assert "too few images to be sure" in agreement_verdict(unlabelled(97), 95).headline
+        assert agreement_verdict(unlabelled(97), 90).level == "good"
+        assert agreement_verdict(unlabelled(97)).headline == "OpenVINO int8 keeps 97.00% of the answers"
+
+    def test_the_terminal_fits_80_columns(self):
+        stream = io.StringIO()
+        print_agreement(
+            unlabelled(), Console(file=stream, width=80, highlight=False), min_agreement_percent=90
+        )
+        text = stream.getvalue()
+        assert max(map(len, text.splitlines())) <= 80
+        for expected in ("export", "INT8", "total", "97.00%", "identical", "31.0 dB", "note: a note"):
+            assert expected in text, expected
+
+
+def ensemble() -> ValidationResult:
+    n = 60
+    rng = np.random.default_rng(3)
+
+    def judge(name, part):
+        logits = rng.normal(size=(n, 3)) + 2 * np.eye(3)[np.arange(n) % 3]
+        return Judge(name, part, lambda samples, _: logits[[int(s.key[3:-4]) for s in samples]], identity=SHA)
+
+    members = [
+        EnsembleMember(
+            name, View(SPEC, "RGB"), judge(f"{name} fp32", "reference"), judge(f"{name} int8", "INT8")
+        )
+        for name in ("<i>first</i>", "second")
+    ]
+    return judge_ensemble(members, Images(n), precision="int8", labels=LABELS)
+
+
+def test_an_ensemble_is_shown_with_each_of_its_networks(tmp_path):
+    result = ensemble()
+    render_report(tmp_path / "r.html", validation=result, title="both")
+    page = Page((tmp_path / "r.html").read_text())
+    assert "members" in page.ids
+    for member in result.members:
+        assert page.text.count(member.name) >= 2  # table and provenance; and the plot
+        assert percent(member.after.top1) in page.text
+        assert points(-member.to_ensemble.drop_points) in page.text
+    assert "first" in page.text
+    stream = io.StringIO()
+    print_validation(result, Console(file=stream, width=80, highlight=False))
+    assert max(map(len, stream.getvalue().splitlines())) <= 80
+    assert "better by" in stream.getvalue()
+    assert "<i>first</i>" in stream.getvalue()
 
 
 def test_markup_in_names_is_not_interpreted():

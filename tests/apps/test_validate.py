@@ -5,9 +5,18 @@ import sys
 from contextlib import ExitStack
 
 import numpy as np
-import onnx
 import pytest
 import typer
+from colour_bundles import (
+    FACTORY,
+    LABELS,
+    SPEC,
+    graph,
+    images,
+    manifest,
+    write_colour_bundle,
+    write_folders,
+)
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -22,7 +31,7 @@ from apps.validating import (
     validate_subject,
 )
 from engines import get_backend
-from pipeline.artifacts import Fingerprint, ModelArtifact, PreprocessSpec, StageRecord, TensorSpec
+from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
 from pipeline.bundle import BundleWriter, open_bundle
 from pipeline.errors import (
     AccuracyGateError,
@@ -32,91 +41,7 @@ from pipeline.errors import (
     UsageError,
     WeightsError,
 )
-from pipeline.manifest import EngineRecord, Manifest, ModelSource
-
-LABELS = ("red", "green", "blue")
-SPEC = PreprocessSpec(input_hw=(8, 8), resize="none", mean=(0.5, 0.4, 0.3), std=(0.25, 0.5, 0.2))
-FACTORY = """
-from pathlib import Path
-import torch
-Path(__file__).with_name("ran").touch()
-edgefold_preprocess = {"input_hw": (8, 8), "resize": "none", "mean": (0.5, 0.4, 0.3), "std": (0.25, 0.5, 0.2)}
-
-class Mean(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.unused = torch.nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        mean, std = torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.25, 0.5, 0.2])
-        return x.mean(dim=(2, 3)) * std + mean
-
-def colour():
-    return Mean()
-"""
-
-
-def graph(path, bias=(0.0, 0.0, 0.0), batch="N"):
-    """Logits are the mean red, green and blue of uint8 NHWC BGR pixels, plus a bias."""
-    text = f"""
-    <ir_version: 9, opset_import: ["" : 18]>
-    colour (uint8[{batch}, 8, 8, 3] input) => (float[{batch}, 3] logits)
-    <int64[2] axes = {{1, 2}}, int64[3] order = {{2, 1, 0}}, float full = {{255.0}},
-     float[3] bias = {{{", ".join(map(str, bias))}}}>
-    {{
-        values = Cast<to = 1>(input)
-        mean = ReduceMean<keepdims = 0>(values, axes)
-        rgb = Gather<axis = 1>(mean, order)
-        unit = Div(rgb, full)
-        logits = Add(unit, bias)
-    }}
-    """
-    model = onnx.parser.parse_model(text)
-    onnx.checker.check_model(model, full_check=True)
-    path.write_bytes(model.SerializeToString())
-    return path
-
-
-def images(n=90, seed=0):
-    """Every image's class has the strongest channel, by little in some of them."""
-    rng = np.random.default_rng(seed)
-    labels = np.arange(n) % 3
-    pixels = rng.integers(80, 120, (n, 8, 8, 3))
-    lift = np.linspace(4, 60, n).astype(int)
-    pixels[np.arange(n), :, :, labels] += lift[:, None, None]
-    return pixels.astype(np.uint8), labels
-
-
-def manifest(spec, *, ships="model.int8.onnx", **changes):
-    values = Manifest(
-        name="colour",
-        created_utc="2026-11-23T10:00:00Z",
-        edgefold_version="0.1.0",
-        tools={},
-        target="cpu",
-        precision="int8" if "int8" in ships else "fp32",
-        model=ModelSource(spec, "as built by the factory", None, 3),
-        inputs=(TensorSpec("input", "uint8", ("N", 8, 8, 3)),),
-        outputs=(TensorSpec("logits", "float32", ("N", 3)),),
-        preprocess=SPEC,
-        preprocess_folded=True,
-        input_color="BGR",
-        labels=LABELS,
-        calibration=None,
-        accuracy=None,
-        stages=(
-            StageRecord(
-                "export",
-                (),
-                (),
-                1.0,
-                {"max_abs_error": 2e-6, "max_abs_error_limit": 1e-4, "sqnr_db": 120.0, "sqnr_db_limit": 80.0},
-            ),
-        ),
-        engine=EngineRecord("openvino", ships, Fingerprint("openvino", "1", "cpu")),
-        files={},
-    )
-    return dataclasses.replace(values, **changes)
+from pipeline.manifest import ModelSource
 
 
 @pytest.fixture
@@ -129,11 +54,7 @@ def factory(tmp_path):
 @pytest.fixture
 def make_bundle(tmp_path, factory):
     def make(bias=(0.04, 0.0, 0.0), **changes):
-        with BundleWriter(tmp_path / "bundle", overwrite=True) as writer:
-            graph(writer.path / "model.onnx")
-            if changes.get("ships", "int8").count("int8"):
-                graph(writer.path / "model.int8.onnx", bias)
-            return writer.commit(manifest(factory, **changes)).path
+        return write_colour_bundle(tmp_path / "bundle", factory, bias, **changes)
 
     return make
 
@@ -221,15 +142,6 @@ def test_both_engines_agree(make_bundle, data):
 def test_limit_takes_all_classes_alike(make_bundle, data):
     tree = json.loads(run(make_bundle(), "--data", data, "--json", "--limit", 30).stdout)
     assert [row["n_images"] for row in tree["classes"]] == [10, 10, 10]
-
-
-def write_folders(root, names):
-    pixels, labels = images(12)
-    for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
-        folder = root / names[label]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{i}.png")
-    return root
 
 
 def test_folders_match_by_name_and_not_by_their_order(make_bundle, tmp_path):
@@ -374,6 +286,17 @@ class TestReference:
         assert result.drops[0].max_abs_error > 0.1  # the transform halves every value
         assert result.drops[1].max_abs_error < 1e-5
         assert result.assumed == ()
+
+        resizing = dataclasses.replace(subject, preprocess=dataclasses.replace(SPEC, resize="shorter"))
+        result = validate_subject(
+            resizing,
+            open_labelled(data, LABELS, 3, 9),
+            backend,
+            Reference(Resolved(Mean(), darker, resizing.preprocess)),
+            crops=12,
+        )
+        assert [stage.part for stage in result.stages] == ["reference", "export", "INT8"]
+        assert "12 crops are cut by the same preprocessing" in result.assumed[0].reason
 
         other = dataclasses.replace(SPEC, crop_fraction=0.9)
         result = judged(Resolved(Mean(), darker, other))

@@ -20,7 +20,14 @@ from PIL import Image
 
 from pipeline.artifacts import PreprocessSpec, Sample
 from pipeline.contracts import Dataset
-from pipeline.datasets import batches, labelled_batches, open_dataset, read_labels, require_minimum
+from pipeline.datasets import (
+    batches,
+    labelled_batches,
+    open_dataset,
+    read_labels,
+    require_minimum,
+    samples_after,
+)
 from pipeline.errors import DataError, UnsupportedError
 
 SPEC = PreprocessSpec((16, 16))
@@ -516,3 +523,35 @@ class TestBatches:
         spec = PreprocessSpec((16, 16), resize="none")
         with pytest.raises(DataError, match="does not resize"):
             list(labelled_batches(open_dataset(str(by_class)), spec, "RGB", 4))
+
+
+class TestSamplesAfter:
+    def test_a_folder_goes_on_without_decoding_what_comes_before(
+        self, by_class: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (by_class / "ant" / "1.png").write_bytes(b"broken")
+        whole = open_dataset(str(by_class))
+        keys = [sample.key for sample in whole]
+        unusable = [key for key, _ in whole.skipped]
+        assert unusable == ["ant/1.png"]
+        read: list[str] = []
+        from pipeline import image_folders
+
+        def spy(path: Path) -> NDArray[np.uint8]:
+            read.append(path.name)
+            return np.zeros((20, 24, 3), np.uint8)
+
+        monkeypatch.setattr(image_folders, "read_image", spy)
+        for done in range(len(keys) + 1):
+            read.clear()
+            rest = [sample.key for sample in samples_after(open_dataset(str(by_class)), done, unusable)]
+            assert [key for key in rest if key not in unusable] == keys[done:]
+            assert len(read) <= len(keys) - done + 1  # what could not be read may be tried again
+
+    def test_arrays_and_other_data_go_on_too(self, tmp_path: Path) -> None:
+        np.savez(tmp_path / "a.npz", images=np.zeros((7, 4, 4, 3), np.uint8), labels=np.arange(7) % 2)
+        for spec in (str(tmp_path / "a.npz"), "synthetic:3:7"):
+            dataset = open_dataset(spec)
+            assert [sample.key for sample in samples_after(dataset, 5, ())] == ["5", "6"]
+            assert len(list(samples_after(dataset, 0, ()))) == 7
+            assert list(samples_after(dataset, 7, ())) == []

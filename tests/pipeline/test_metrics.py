@@ -9,7 +9,9 @@ from hypothesis.extra import numpy as hnp
 from pipeline.metrics import (
     agreement,
     cosine_similarity,
+    log_probabilities,
     max_abs_error,
+    probabilities,
     sqnr_db,
     sqnr_db_from_energies,
     top_k_correct,
@@ -118,3 +120,27 @@ def test_a_constant_answer_is_not_correct_for_every_label():
 def test_top_k_refuses(labels, k, message):
     with pytest.raises(ValueError, match=message):
         top_k_correct(np.zeros((2, 3)), labels, k)
+
+
+def test_probabilities_are_the_softmax_of_each_row():
+    logits = np.array([[1.0, 2.0, 3.0], [800.0, 0.0, -800.0]])
+    found = probabilities(logits)
+    expected = np.exp([1.0, 2.0, 3.0]) / np.exp([1.0, 2.0, 3.0]).sum()
+    np.testing.assert_allclose(found[0], expected, rtol=1e-12)
+    np.testing.assert_array_equal(found[1], [1.0, 0.0, 0.0])  # and no overflow
+    np.testing.assert_allclose(probabilities(logits[:1] + 1000), found[:1], rtol=1e-12)
+
+
+def test_a_row_that_is_a_distribution_stays_one():
+    rows = np.array([[0.7, 0.2, 0.1], [0.7, 0.2, 0.2], [1.2, -0.1, -0.1]])
+    found = probabilities(rows)
+    np.testing.assert_array_equal(found[0], rows[0])
+    # The second does not sum to 1, the third is negative: logits.
+    np.testing.assert_allclose(found[1:], np.exp(rows[1:]) / np.exp(rows[1:]).sum(axis=1, keepdims=True))
+
+
+def test_log_probabilities_are_finite_and_give_the_same_probabilities():
+    logits = np.array([[2000.0, 0.0, -5.0], [0.1, 0.2, 0.3]])
+    logarithms = log_probabilities(logits)
+    assert np.isfinite(logarithms).all()
+    np.testing.assert_allclose(probabilities(logarithms), probabilities(logits), atol=1e-15)

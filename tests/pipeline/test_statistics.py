@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import FALSE_ALARM_ATOL, PLANNED_POWER_ATOL, SIMULATED_MEASUREMENTS
 
 from pipeline.statistics import (
     Interval,
-    images_for_half_width,
+    holm_adjusted,
+    images_to_show,
     mcnemar_exact_p,
     paired_drop_interval,
     wilson_interval,
@@ -132,6 +134,11 @@ def test_the_figures_of_the_documentation():
     for images, stated in rows:
         n = int(images.replace(",", ""))
         assert f"{100 * paired_drop_interval(n // 200, n // 200, n).half_width:.2f}" == stated
+    planned = re.findall(r"\| ([\d.]+) points \| ([\d.]+)% \| ([\d,]+) \|", text)
+    assert len(planned) == 5
+    for budget, changed, images in planned:
+        rate = float(changed) / 200
+        assert images_to_show(float(budget) / 100, rate, rate) == int(images.replace(",", ""))
     assert f"± {100 * paired_drop_interval(8, 5, 2000).half_width:.2f} points paired" in text
     separate = math.sqrt(2) * wilson_interval(1900, 2000).half_width
     assert f"± {100 * separate:.2f} were each" in text
@@ -164,17 +171,52 @@ def test_mcnemar_at_the_ends():
     assert 0 <= mcnemar_exact_p(6000, 4000) < 1e-80  # large counts neither overflow nor vanish to NaN
 
 
-@settings(max_examples=30, deadline=None)
-@given(counts, st.floats(0.0005, 0.2))
-def test_planned_images_reach_the_width_and_one_fewer_does_not(bcn, half_width):
-    b, c, n = bcn
-    images = images_for_half_width(half_width, b, c, n)
+@pytest.mark.parametrize(
+    ("margin", "lost", "gained"),
+    [(0.005, 0.005, 0.005), (0.01, 0.01, 0.005), (0.02, 0.001, 0.001), (0.03, 0.02, 0.005)],
+)
+def test_planned_images_show_a_small_drop_in_four_of_five_measurements(margin, lost, gained):
+    n = images_to_show(margin, lost, gained)
+    rng = np.random.default_rng(0)
 
-    def planned(m):
-        return paired_drop_interval(b * m / n, c * m / n, m).half_width
+    def shown(images):
+        draws = rng.multinomial(images, [lost, gained, 1 - lost - gained], size=SIMULATED_MEASUREMENTS)
+        return np.mean([paired_drop_interval(int(b), int(c), images).high < margin for b, c, _ in draws])
 
-    assert planned(images) <= half_width
-    assert images == 1 or planned(images - 1) > half_width
+    assert shown(n) == pytest.approx(0.8, abs=PLANNED_POWER_ATOL)
+    assert shown(n // 2) < 0.65
+
+
+def test_planned_images_where_no_answer_changes():
+    # No flip among n images still allows z^2 / (n + z^2) of them: solved for n.
+    margin = 0.005
+    n = images_to_show(margin, 0.0, 0.0)
+    assert n == math.ceil(Z * Z * (1 - margin) / margin)
+    assert paired_drop_interval(0, 0, n).high <= margin < paired_drop_interval(0, 0, n - 1).high
+
+
+def test_planned_images_grow_with_all_that_makes_it_harder():
+    n = images_to_show(0.01, 0.01, 0.01)
+    assert images_to_show(0.005, 0.01, 0.01) > n
+    assert images_to_show(0.01, 0.02, 0.02) > n
+    assert images_to_show(0.01, 0.012, 0.008) > n
+    assert images_to_show(0.01, 0.01, 0.01, power=0.9) > n
+    assert images_to_show(0.01, 0.01, 0.01, confidence=0.99) > n
+
+
+def test_holm_by_its_definition():
+    # Smallest times 4, next times 3, …; none below the one before it: Holm 1979.
+    assert holm_adjusted([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm_adjusted([0.9, 0.8]) == [1.0, 1.0]
+    assert holm_adjusted([]) == []
+
+
+def test_holm_bounds_the_chance_of_any_false_alarm():
+    rng = np.random.default_rng(1)
+    p_values = rng.uniform(size=(2000, 20))
+    false_alarms = np.mean([min(holm_adjusted(row.tolist())) < 0.05 for row in p_values])
+    assert false_alarms == pytest.approx(0.05, abs=FALSE_ALARM_ATOL)
+    assert np.mean(p_values.min(axis=1) < 0.05) > 0.6  # what it would be without
 
 
 @pytest.mark.parametrize(
@@ -186,7 +228,10 @@ def test_planned_images_reach_the_width_and_one_fewer_does_not(bcn, half_width):
         lambda: paired_drop_interval(3, 3, 5),
         lambda: paired_drop_interval(-1, 0, 5),
         lambda: mcnemar_exact_p(-1, 2),
-        lambda: images_for_half_width(0.0, 1, 1, 10),
+        lambda: images_to_show(0.01, 0.02, 0.01),
+        lambda: images_to_show(0.0, 0.0, 0.01),
+        lambda: images_to_show(0.1, 0.6, 0.6),
+        lambda: images_to_show(0.1, 0.01, 0.01, power=1.0),
     ],
 )
 def test_impossible_counts_are_refused(call):

@@ -13,9 +13,15 @@ from pipeline.errors import AccuracyGateError, DataError, EngineError, UsageErro
 from pipeline.judges import engine_judge, module_judge, transform_judge
 from pipeline.metrics import sqnr_db
 from pipeline.preprocess import normalize
-from pipeline.statistics import mcnemar_exact_p, paired_drop_interval
+from pipeline.statistics import holm_adjusted, images_to_show, mcnemar_exact_p, paired_drop_interval
 from pipeline.validation import MAX_FLIPS, Judge, judge_chain, match_labels
-from pipeline.validation_result import AssumedPart, ValidationResult, check_budget, interval_warning
+from pipeline.validation_result import (
+    AssumedPart,
+    ValidationResult,
+    check_agreement,
+    check_budget,
+    interval_warning,
+)
 
 SPEC = PreprocessSpec(input_hw=(4, 4), resize="none", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 LABELS = ("ant", "bee", "cat")
@@ -82,6 +88,7 @@ def test_running_sums_equal_the_formulas_on_all_logits_at_once(n, n_stages, batc
         assert drop.max_abs_error == pytest.approx(np.abs(chain[before] - chain[after].astype(float)).max())
     assert result.total.drop_points == pytest.approx(sum(drop.drop_points for drop in result.drops))
     assert result.stages[-1].sqnr_from_first_db == pytest.approx(sqnr_db(chain[0], chain[-1]))
+    p_values = []
     for row in result.classes:
         mine = truth == row.index
         assert (row.n_images, row.before_correct, row.after_correct) == (
@@ -89,6 +96,11 @@ def test_running_sums_equal_the_formulas_on_all_logits_at_once(n, n_stages, batc
             int(right[0][mine].sum()),
             int(right[-1][mine].sum()),
         )
+        assert row.lost == int((mine & right[0] & ~right[-1]).sum())
+        assert row.gained == int((mine & ~right[0] & right[-1]).sum())
+        assert row.interval_points == paired_drop_interval(row.lost, row.gained, row.n_images).scaled(100)
+        p_values.append(mcnemar_exact_p(row.lost, row.gained))
+    assert [row.adjusted_p for row in result.classes] == holm_adjusted(p_values)
     assert sum(row.n_images for row in result.classes) == n
     assert result.n_flips == int((chain[0].argmax(1) != chain[-1].argmax(1)).sum())
 
@@ -157,6 +169,12 @@ def test_flips_are_bounded_most_confident_first():
     assert first.thumbnail_jpeg.startswith(b"\xff\xd8\xff")
 
 
+def test_of_equally_confident_flips_the_earlier_stay():
+    n = 2 * MAX_FLIPS
+    result = judged([one_hot_logits([0] * n), one_hot_logits([1] * n)], [0] * n)
+    assert [flip.key for flip in result.flips] == [str(i) for i in range(MAX_FLIPS)]
+
+
 def test_kinds_of_flips_and_confusion_changes():
     truth = [0, 0, 0, 1]
     result = judged([one_hot_logits([0, 1, 1, 1]), one_hot_logits([2, 0, 2, 1])], truth)
@@ -182,6 +200,22 @@ def test_a_reference_no_better_than_guessing_is_noted():
     assert judged([right, right], truth.tolist()).notes == ()
     (note,) = judged([shuffled, shuffled], truth.tolist()).notes
     assert "stage 0 gets 33.33% right, which guessing among 3 classes can reach on 90 images" in note
+
+
+def test_labels_in_another_order_are_noticed_by_what_they_are_called():
+    truth = np.arange(90) % 3
+    shifted = one_hot_logits((truth + 1) % 3)
+    shifted[:5] = one_hot_logits(truth[:5])
+    (note,) = judged([shifted, shifted], truth.tolist()).notes
+    assert note.startswith(
+        "the labels seem to be in another order than the model's: 5 of 90 answers are right"
+    )
+    assert "28 images of 'ant' are called 'bee'" in note or "of 30 images of 'cat' are called 'ant'" in note
+    assert "--labels FILE" in note
+    # A network that has collapsed to one answer is poor, and no other order.
+    collapsed = one_hot_logits([0] * 90)
+    (note,) = judged([collapsed, collapsed], truth.tolist()).notes
+    assert "another order" not in note
 
 
 def test_json_is_strict_and_complete():
@@ -304,16 +338,58 @@ class TestBudget:
             check_budget(self.result(20, part=1), 0.5)
 
     def test_a_gain_passes(self):
-        check_budget(judged([one_hot_logits([1] * 9), one_hot_logits([0] * 9)], [0] * 9), 0.0)
+        truth = [0] * 9 + [1]
+        check_budget(judged([one_hot_logits([1] * 10), one_hot_logits([0] * 10)], truth), 0.0)
 
     def test_too_few_images_to_judge(self):
         result = self.result(1, n=200)
         warning = interval_warning(result, 0.3)
         assert warning.startswith("200 images measure the drop to ±2.09 points, wider than the budget of 0.3")
         needed = int(warning.split("about ")[1].split(" images")[0].replace(",", ""))
-        half = paired_drop_interval(needed / 200, 0, needed).half_width * 100
-        assert half == pytest.approx(0.3, rel=0.05)
-        assert interval_warning(result, 2.5) is None
+        assert needed == pytest.approx(images_to_show(0.003, 0.0025, 0.0025), rel=0.05)
+        assert interval_warning(result, 4.0) is None
+
+    def test_an_interval_that_reaches_past_the_budget(self):
+        result = self.result(3, n=1000)  # 0.30, and up to 0.88
+        warning = interval_warning(result, 0.7)
+        assert warning.startswith("The interval reaches past the budget of 0.7; about ")
+        needed = int(warning.split("about ")[1].split(" images")[0].replace(",", ""))
+        assert needed == pytest.approx(images_to_show(0.007, 0.003, 0.0), rel=0.05)
+        assert needed > 1000
+        assert interval_warning(result, 0.95) is None
+        check_budget(result, 0.7)  # the gate is on what was measured
+
+    def test_a_budget_that_fp32_itself_misses(self):
+        with pytest.raises(
+            AccuracyGateError,
+            match=r"fp32 itself misses it: stage 2 has lost 2\.00 points before anything is quantized, which no "
+            r"precision wins back. Most of that comes from preprocessing \(\+2\.00\).*--preprocess",
+        ):
+            check_budget(self.result(20, part=1), 0.5)
+        with pytest.raises(AccuracyGateError) as caught:
+            check_budget(self.result(20), 0.5)
+        assert "fp32 itself" not in str(caught.value)
+
+    def test_images_of_one_class_cannot_judge(self):
+        rows = one_hot_logits([1] * 30)
+        result = judged([rows, rows], [1] * 30)
+        assert any("all images are of the class 'bee'" in note for note in result.notes)
+        with pytest.raises(
+            DataError, match=r"all 30 images of made are of the class 'bee': a network that .* all 3"
+        ):
+            check_budget(result, 0.5)
+
+    def test_agreement(self):
+        result = self.result(10)
+        check_agreement(result.total, result.n_images, 99.0)
+        with pytest.raises(
+            AccuracyGateError,
+            match=r"stage 3 gives 99\.00% of 1,000 images the answer of stage 0, fewer than the 99\.5%",
+        ):
+            check_agreement(result.total, result.n_images, 99.5)
+        for percent in (-1, 100.5, float("nan")):
+            with pytest.raises(UsageError, match="--min-agreement is a percentage"):
+                check_agreement(result.total, result.n_images, percent)
 
     @pytest.mark.parametrize("points", [-0.1, float("nan"), float("inf"), 101])
     def test_a_budget_that_is_no_number_of_points(self, points):

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from apps.streaming.metrics import STAGES, LatencyHistogram, StreamMetrics
+from pipeline.validation_meter import AccuracyMeter
 
 seconds = st.floats(LatencyHistogram.LOW_S, LatencyHistogram.HIGH_S)
 
@@ -67,6 +68,21 @@ def test_counters_and_accuracy() -> None:
     assert (state.labelled, state.correct, state.top1) == (3, 2, 2 / 3)
     assert tuple(state.latency) == STAGES
     assert state.latency["infer"].count == 1
+
+
+def test_labelled_frames_give_the_figures_of_validation() -> None:
+    rng = np.random.default_rng(0)
+    scores, truth = rng.normal(size=(40, 6)).astype(np.float32), rng.integers(0, 6, 40)
+    metrics = StreamMetrics()
+    assert metrics.snapshot().accuracy is None
+    for row, label in zip(scores, truth.tolist(), strict=True):
+        metrics.frame_judged(row, label)
+    meter = AccuracyMeter(6)
+    meter.update(scores, truth)
+    found = metrics.snapshot().accuracy
+    assert found is not None
+    assert (found.top1, found.top1_interval) == (meter.figures().top1, meter.figures().top1_interval)
+    assert found.confidence.ece == pytest.approx(meter.figures().confidence.ece)
 
 
 def test_fps_is_over_the_last_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
