@@ -72,14 +72,18 @@ def diagnose() -> list[Finding]:
 
 
 def _engines() -> Iterator[Finding]:
-    from engines import BACKENDS, get_backend
+    from engines import BACKENDS, CPU_BACKENDS, get_backend
 
     for name, entry in BACKENDS.items():
+        if importlib.util.find_spec(entry.requires) is None:
+            yield Finding("engines", name, False, "not installed", entry.remedy)
+            continue
+        needs = entry.remedy if name in CPU_BACKENDS else "an NVIDIA GPU and its driver, to run plans"
         try:
             version = get_backend(name).fingerprint().version
             _self_test(name)
         except (EdgefoldError, ImportError) as error:
-            yield Finding("engines", name, False, str(error), entry.remedy)
+            yield Finding("engines", name, False, str(error), needs)
         else:
             yield Finding("engines", name, True, f"{version}, ran a test graph")
 
