@@ -53,7 +53,7 @@ class StaticQuantizer:
             raise UsageError(f"no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
         self._method = method
         self._placement = placement
-        self._runner_factory = runner_factory
+        self.runner_factory = runner_factory
         self._cache_dir = cache_dir
 
     def quantize(
@@ -124,7 +124,7 @@ class StaticQuantizer:
         observed = observed_by_all(load_model(model.path))
 
         def gather() -> TensorStatistics:
-            return collect(model, observed, batches, dataset_sha256, self._runner_factory, progress)
+            return collect(model, observed, batches, dataset_sha256, self.runner_factory, progress)
 
         if self._cache_dir is None:
             return gather(), False
