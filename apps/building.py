@@ -109,7 +109,9 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
         from apps.budgeting import budget_of, meet_budget
 
         budget = budget_of(request)
-        assert data is not None and material.evaluation is not None and budget is not None, "checked"
+        assert data is not None, "_check asked for calibration images"
+        assert material.evaluation is not None, "_check asked for images to judge the budget on"
+        assert budget is not None, "_check asked for a budget"
         searched = meet_budget(
             request,
             budget,
@@ -231,7 +233,7 @@ def _with_labels(model: ResolvedModel, evaluation: Dataset | None) -> ResolvedMo
 
 
 def _open_calibration(request: BuildRequest) -> Dataset | None:
-    if request.calib is None or request.precision == "fp32":
+    if request.calib is None or request.precision != "int8":
         return None
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, open_dataset, require_minimum
 

@@ -86,7 +86,7 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
             console.print(f"note: no plan was built here: {error}", style="yellow", markup=False)
         audit = predict_audit(load_model(made.final.path))
         (material.bundle_dir / AUDIT_NAME).write_bytes(report_to_json(audit))
-        return made
+        return dataclasses.replace(made, audit=audit)
     return _with_plan(material, made, deployment, offers, builder, progress)
 
 
@@ -147,6 +147,7 @@ def _judge_all(
                 precision=candidate.precision,
                 num_classes=material.model.num_classes,
             )
+            subject = dataclasses.replace(subject, emulates=material.request.target)
             reference = (
                 Reference(material.model)
                 if index == 0
@@ -212,6 +213,7 @@ def _with_plan(
         made,
         final=dataclasses.replace(final, history=(*final.history, stage)),
         engine=EngineRecord(plans.engine.backend, plans.engine.path.name, plans.engine.fingerprint),
+        audit=plans.audit,
         deployment=dataclasses.replace(
             deployment, chosen=plans.chosen.name, measurements=plans.measurements, notes=notes
         ),

@@ -27,7 +27,7 @@ from pipeline.onnx_files import load_model
 
 __all__ = ["RTX_ONLY", "Builder", "Offer", "Plans", "TimingOptions", "find_builder", "make_plans"]
 
-RTX_ONLY = "the plan loads in TensorRT-RTX only; `edgefold finish` with TensorRT on the device replaces it"
+RTX_ONLY = "the plan loads in TensorRT-RTX only; edgefold finish with TensorRT on the device replaces it"
 _FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 
 

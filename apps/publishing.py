@@ -29,6 +29,7 @@ from pipeline.manifest import (
 
 if TYPE_CHECKING:
     from apps.budgeting import Searched
+    from engines.tensorrt.audit import AuditReport
     from pipeline.models.resolve import ResolvedModel
     from pipeline.validation_agreement import AgreementResult
     from pipeline.validation_result import ValidationResult
@@ -135,6 +136,7 @@ class Made:
     agreement: AgreementResult | None = None
     """Where it was judged without labels."""
     searched: Searched | None = None
+    audit: AuditReport | None = None
 
 
 def write_report(
@@ -157,6 +159,7 @@ def write_report(
         min_agreement_percent=request.min_agreement_percent,
         manifest=manifest,
         calibration=made.table,
+        audit=made.audit,
         commands=(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),),
     )
 

@@ -14,7 +14,7 @@ import typer
 from apps.console import console, progress_display
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 
 __all__ = ["train_command"]
@@ -24,6 +24,10 @@ def train_command(
     model: Annotated[str, typer.Argument(help="A built-in network: inception_resnet_lite, inception_v3, …")],
     data: Annotated[str, typer.Option(help="Labelled DATA to train on (see `edgefold build --help`).")],
     out: Annotated[Path, typer.Option(help="Directory for checkpoint, weights and model card.")],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Start from the weights in this file instead of random ones.", show_default=False),
+    ] = None,
     recipe: Annotated[
         str, typer.Option(help="modern, or paper (RMSProp as in arXiv 1512.00567).")
     ] = "modern",
@@ -84,8 +88,11 @@ def train_command(
         table = materialize(dataset, spec, out / "pixels", progress)
         options = {"width": width} if NETWORKS[model].has_width else {}
         network = NETWORKS[model].build(len(table.class_names), spec.input_hw[0], **options)
+        initial_sha256 = None if weights is None else _start_from(network, weights)
         train_indices, held_indices = split(table.labels, holdout, seed)
-        run = TrainingRun(chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_)
+        run = TrainingRun(
+            chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_, initial_sha256
+        )
         results: list[EpochResult] = []
 
         def report(result: EpochResult) -> None:
@@ -121,11 +128,22 @@ def train_command(
         "recipe": dataclasses.asdict(chosen),
         "augmentation": {"flip": flip, "shift_px": shift, "cutout_px": cutout},
         "seed": seed,
+        "initial_weights_sha256": initial_sha256,
         "command": shlex.join(["edgefold", *sys.argv[1:]]),
         "held_out_top1_percent": results[-1].top1 if results else None,
     }
     _write(out, state, card)
     console.print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
+
+
+def _start_from(network: nn.Module, path: Path) -> str:
+    """Load the weights of a file into `network`; its SHA-256."""
+    from pipeline.models.checkpoints import load_state, read_checkpoint, unwrap
+
+    checkpoint = read_checkpoint(path)
+    state, _ = unwrap(checkpoint, network.state_dict())
+    load_state(network, state, str(path))
+    return checkpoint.sha256
 
 
 def _write(out: Path, state: dict[str, Tensor], card: dict[str, object]) -> None:

@@ -68,6 +68,16 @@ def validate_command(
     engine: Annotated[
         _Engine | None, typer.Option(help="What runs it; by default the bundle's engine.", show_default=False)
     ] = None,
+    as_target: Annotated[
+        str | None,
+        typer.Option(
+            "--as",
+            metavar="TARGET",
+            help="The accuracy the network would have on this device (edgefold targets), emulated on this CPU from the "
+            "bundle's calibration.",
+            show_default=False,
+        ),
+    ] = None,
     against: Annotated[
         _Against,
         typer.Option(
@@ -113,6 +123,7 @@ def validate_command(
         crops=crops,
         ensemble=ensemble,
         engine=engine.value if engine else None,
+        as_target=as_target,
         against=against.value,
         max_drop_points=max_drop,
         min_agreement_percent=min_agreement,

@@ -43,7 +43,12 @@ __all__ = [
     "validate_subject",
 ]
 
-_DISPLAY_NAMES = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+_DISPLAY_NAMES = {
+    "openvino": "OpenVINO",
+    "onnxruntime": "ONNX Runtime",
+    "tensorrt": "TensorRT",
+    "tensorrt_rtx": "TensorRT-RTX",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,10 @@ class Subject:
     fixed_batch: bool
     """Whether the graph takes one batch size only."""
     history: tuple[StageRecord, ...]
+    final_backend: EngineBackend | None = None
+    """What runs `final`, where another engine does than the fp32 graph."""
+    emulates: str | None = None
+    """The device whose accuracy `final` shows, where it only stands for the engine there."""
 
 
 def validate_subject(
@@ -183,17 +192,18 @@ def build_judges(
         EngineError, IntegrityError: an engine cannot be loaded.
     """
     judges, assumed = _torch_judges(subject, reference, crops, identified)
-    graphs = [(subject.fp32, "fp32, folded", "export")]
+    graphs = [(subject.fp32, backend, "fp32, folded", "export")]
     if subject.final is not None:
-        graphs.append((subject.final, subject.precision, subject.precision.upper()))
+        final_backend = subject.final_backend or backend
+        graphs.append((subject.final, final_backend, subject.precision, subject.precision.upper()))
     if len(judges) + len(graphs) < 2:
         raise UsageError(
             f"nothing to compare: the bundle holds an fp32 graph only, and PyTorch cannot take part: "
             f"{reference.why_not}"
         )
-    for artifact, precision, part in graphs:
+    for artifact, runs_it, precision, part in graphs:
         part = part if judges else "reference"
-        judges.append(load_judge(stack, subject, artifact, backend, precision, part, batch_size))
+        judges.append(load_judge(stack, subject, artifact, runs_it, precision, part, batch_size))
     return judges, assumed
 
 
@@ -216,6 +226,8 @@ def load_judge(
     options = EngineOptions(mode="latency", batch=None if subject.fixed_batch else batch_size)
     runner = stack.enter_context(backend.load(artifact, options))
     name = f"{_DISPLAY_NAMES.get(backend.name, backend.name)} {precision}"
+    if subject.emulates is not None and artifact is subject.final:
+        name = f"{subject.emulates} {precision}, emulated"
     judge = engine_judge(runner, name=name, part=part, spec=subject.preprocess, color=subject.input_color)
     engine = artifact.fingerprint
     where = ", ".join((f"{engine.engine} {engine.version}", engine.device, *engine.capabilities))

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from apps.console import console, print_json, progress_display
 from apps.report import print_agreement, print_validation, render_report
@@ -17,9 +18,9 @@ from apps.validating import (
     find_reference,
     open_images,
     open_labelled,
-    subject_of_bundle,
     validate_subject,
 )
+from apps.validating_device import Judged, judged_as, judged_here
 from apps.validating_ensemble import ensemble_subjects, validate_ensemble
 from engines import get_backend
 from pipeline.artifacts import CalibrationTable
@@ -47,6 +48,7 @@ class ValidateRequest:
     crops: int = 1
     ensemble: bool = False
     engine: str | None = None
+    as_target: str | None = None
     against: Against = "auto"
     max_drop_points: float | None = None
     min_agreement_percent: float | None = None
@@ -76,11 +78,20 @@ def validate(request: ValidateRequest) -> ValidateOutcome:
             "a time"
         )
     bundles = tuple(open_bundle(path) for path in request.bundles)
-    backends = [get_backend(request.engine or bundle.manifest.ready_engine().backend) for bundle in bundles]
     resume = None if request.resume is None else ResumeFile(request.resume)
     if request.ensemble:
+        if request.as_target is not None:
+            raise UsageError("--as is of one bundle; judge the members one at a time")
+        backends = [
+            get_backend(request.engine or bundle.manifest.ready_engine().backend) for bundle in bundles
+        ]
         return ValidateOutcome(bundles, _ensemble(request, bundles, backends, resume))
-    return ValidateOutcome(bundles, _single(request, bundles[0], backends[0], resume))
+    with TemporaryDirectory(prefix="edgefold-validate-") as folder:
+        if request.as_target is None:
+            judged = judged_here(bundles[0], request.engine, Path(folder))
+        else:
+            judged = judged_as(bundles[0], request.as_target, request.engine, Path(folder))
+        return ValidateOutcome(bundles, _single(request, bundles[0], judged, resume))
 
 
 def present(outcome: ValidateOutcome, request: ValidateRequest) -> None:
@@ -126,9 +137,9 @@ def check_gates(outcome: ValidateOutcome, request: ValidateRequest) -> None:
 
 
 def _single(
-    request: ValidateRequest, bundle: Bundle, backend: EngineBackend, resume: ResumeFile | None
+    request: ValidateRequest, bundle: Bundle, judged: Judged, resume: ResumeFile | None
 ) -> ValidationResult | AgreementResult:
-    subject = subject_of_bundle(bundle, backend)
+    subject = judged.subject
     if request.labels is not None:
         subject = dataclasses.replace(subject, labels=read_labels(request.labels))
     crops = check_crops(request.crops, subject.preprocess)
@@ -145,11 +156,11 @@ def _single(
         return judge(
             subject,
             dataset,
-            backend,
+            judged.backend,
             find_reference(bundle.manifest, request.against),
             batch_size=request.batch_size,
             progress=progress,
-            notes=[note] if note else (),
+            notes=(*judged.notes, *([note] if note else [])),
             crops=crops,
             resume=resume,
         )

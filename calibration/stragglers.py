@@ -34,7 +34,7 @@ __all__ = ["MAX_MAC_SHARE", "STANDS_OUT", "LayerNoise", "layer_noise", "straggle
 STANDS_OUT = 2.0
 """A straggler's noise is at least this many times the median layer's: 3 dB worse."""
 MAX_MAC_SHARE = 0.2
-"""Of the multiplications may leave int8: half precision takes twice the time for them."""
+"""Of the multiplications may leave int8: tensor cores take twice the time for them in half precision."""
 _NOISE_LEFT = 0.5
 
 

@@ -84,8 +84,8 @@ class TensorRTForms:
     of bytes). Every step but the quantization itself is verified by executing the graph before and after.
 
     To judge the accuracy of an int8 form on a CPU, run it in ONNX Runtime, or in OpenVINO with
-    ``LP_TRANSFORMS_MODE`` off. OpenVINO's low-precision transformations get the bare branch of a residual
-    Add wrong: `inception_resnet_lite` comes out at 6 dB where both others agree at 20 dB from fp32.
+    ``LP_TRANSFORMS_MODE`` off, widened by `pipeline.passes.half_precision.widen`. OpenVINO's low-precision
+    transformations get the bare branch of a residual Add wrong (2026.4).
     """
 
     def __init__(

@@ -31,6 +31,7 @@ from pipeline.validation_agreement import AgreementResult
 from pipeline.validation_result import ClassChange, Flip, ValidationResult
 
 if TYPE_CHECKING:
+    from engines.tensorrt.audit import AuditReport
     from pipeline.manifest import Manifest
 
 __all__ = ["LatencyRow", "render_report"]
@@ -64,6 +65,7 @@ def render_report(
     min_agreement_percent: float | None = None,
     manifest: Manifest | None = None,
     calibration: CalibrationTable | None = None,
+    audit: AuditReport | None = None,
     latency: Sequence[LatencyRow] = (),
     commands: Sequence[str] = (),
 ) -> None:
@@ -78,6 +80,7 @@ def render_report(
         min_agreement_percent: the share of images that must keep their answer.
         manifest: of the bundle: digests, versions, stages, and what folding did.
         calibration: the ranges.
+        audit: of the graph or the engine for a device.
         latency: measured engines, best compared side by side.
         commands: what was typed.
 
@@ -112,6 +115,7 @@ def render_report(
         verdict=_verdict(validation, agreement, max_drop_points, min_agreement_percent),
         manifest=manifest,
         calibration=calibration,
+        audit=audit,
         latency=latency,
         commands=commands,
         thumbnails=_thumbnails(measured.flips if measured else ()),

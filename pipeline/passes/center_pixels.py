@@ -38,9 +38,9 @@ def center_pixels(model: ir.Model) -> RewriteReport:
     since ``W * p + b = W * (p - 128) + (b + 128 sum W)``, which holds at the borders too where the
     convolution does not pad with zeros. It is worth doing for three reasons. TensorRT's int8 is
     symmetric: at zero point 0 the pixel fits without loss only after the shift. With normalization
-    folded, ``b`` cancels most of ``W * p``: a large number that float16 would round; ``b'`` is a tenth
-    of it or less. And what quantization does to ``W`` is multiplied by ``p - 128``, which is around
-    zero, not by ``p``: on photographs the first layer of the Inception networks is 4 to 5 dB better.
+    folded, ``b`` cancels most of ``W * p``, and float16 would round two large numbers to get a small one.
+    And what quantization does to ``W`` is multiplied by ``p - 128``, which is around zero, not by ``p``:
+    the sum is that of the weights before they are quantized (``benchmarks/centered_pixels.py``).
 
     The Cast moves before the Transpose in any case: TensorRT takes uint8 at an input, and can only
     cast it.

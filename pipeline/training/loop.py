@@ -48,10 +48,20 @@ class TrainingRun:
     seed: int
     bf16: bool = False
     compile: bool = False
+    initial_sha256: str | None = None
+    """Of the weights file it starts from; ``None``: from random ones."""
 
     def digest(self, table: PixelTable, train_indices: NDArray[np.int64]) -> str:
         """Identity of the run: how, on which labels in which order."""
-        how = json.dumps([asdict(self.recipe), asdict(self.augmentation), asdict(self.preprocess), self.seed])
+        how = json.dumps(
+            [
+                asdict(self.recipe),
+                asdict(self.augmentation),
+                asdict(self.preprocess),
+                self.seed,
+                *([self.initial_sha256] if self.initial_sha256 is not None else []),
+            ]
+        )
         what = table.labels[train_indices].tobytes() + train_indices.tobytes()
         return hashlib.sha256(how.encode() + what).hexdigest()
 

@@ -91,6 +91,10 @@ class TestOnTheHost:
             assert candidate.accuracy.int8_top1 == 1.0
         assert {"model.onnx", "calibration.json", "report.html", AUDIT_NAME} <= set(manifest.files)
         assert report_from_json(for_jetson.read_bytes(AUDIT_NAME)).source == "predicted"
+        page = for_jetson.read_bytes("report.html").decode()
+        section = page[page.index('<section id="device">') :]
+        assert all(f">{name}<" in section for name in names)
+        assert "predicted from the graph" in section
 
     def test_for_a_dla_it_carries_the_cache_and_the_report(self, workplace: Path) -> None:
         bundle = built(workplace, "dla", target="jetson-orin-nx", jetpack="6.2", dla=True, eval_data=None)
@@ -213,6 +217,65 @@ class TestFinish:
     def test_a_candidate_that_is_not_there_is_named(self, for_l4: Bundle, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"no candidate 'int4'; it has int8"):
             finish(copy_of(for_l4, tmp_path), FinishOptions(candidates=("int4",)), quiet)
+
+
+class TestValidate:
+    def validated(self, capfd: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as done:
+            main(["validate", *map(str, arguments), "--json"])
+        printed = capfd.readouterr()
+        assert done.value.code == 0, printed.err
+        return dict(json.loads(printed.out))
+
+    def test_a_bundle_for_a_device_that_is_not_here_is_emulated_and_says_so(
+        self, for_jetson: Bundle, workplace: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        tree = self.validated(capfd, for_jetson.path, "--data", workplace / "images")
+        assert tree["stages"][-1]["name"] == "jetson-orin-nx int8, emulated"
+        assert tree["stages"][-1]["top1"] == 1.0
+        assert any("emulated" in note and "no plan yet" in note for note in tree["notes"])
+
+    def test_a_plan_that_cannot_run_here_is_emulated_too(
+        self, for_l4: Bundle, workplace: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        tree = self.validated(capfd, for_l4.path, "--data", workplace / "images")
+        assert tree["stages"][-1]["name"] == "l4 int8, emulated"
+        assert any("driver" in note for note in tree["notes"])
+
+    def test_a_cpu_bundle_shows_what_it_would_be_worth_on_a_jetson(
+        self, workplace: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        bundle = built(workplace, "cpu", eval_data=None)
+        tree = self.validated(capfd, bundle.path, "--data", workplace / "images", "--as", "jetson-orin")
+        assert tree["stages"][-1]["name"] == "jetson-orin int8, emulated"
+        assert tree["stages"][-1]["top1"] == 1.0
+        # Symmetric int8 is another graph than the CPU's: its logits are not the same.
+        plain = self.validated(capfd, bundle.path, "--data", workplace / "images")
+        assert tree["total"]["sqnr_db"] != plain["total"]["sqnr_db"]
+
+    @pytest.mark.parametrize(
+        ("precision", "target", "code", "words"),
+        [
+            ("int8", "cpu", 2, "needs no emulation"),
+            ("int8", "jetson-nona", 4, "jetson-nano"),
+            ("fp32", "l4", 2, "no calibration table"),
+        ],
+    )
+    def test_what_cannot_be_emulated_says_why(
+        self,
+        workplace: Path,
+        capfd: pytest.CaptureFixture[str],
+        precision: str,
+        target: str,
+        code: int,
+        words: str,
+    ) -> None:
+        bundle = built(workplace, f"cpu-{precision}", precision=precision, eval_data=None)
+        with pytest.raises(SystemExit) as stopped:
+            main(["validate", str(bundle.path), "--data", str(workplace / "images"), "--as", target])
+        assert stopped.value.code == code
+        assert words in " ".join(capfd.readouterr().err.split())
 
 
 class TestOnTheDevice:

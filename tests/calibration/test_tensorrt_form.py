@@ -116,13 +116,13 @@ def test_int8_logits_are_close_to_fp32(model, table, tmp_path, remainder):
     assert (form.inputs, form.outputs) == (model.inputs, model.outputs)
     assert form.sha256 == hashlib.sha256(form.path.read_bytes()).hexdigest()
     assert form.history[-1] == record
-    assert record.checks["n_quantized_layers"] == 6
+    assert record.checks["n_quantized_layers"] == 5
     assert record.checks["remainder"] == remainder
     assert [entry["name"] for entry in record.checks["passes"]] == ["center_pixels", f"to_{remainder}"]
     kinds = Counter(node.op_type for node in load_model(form.path).graph)
     # pixel, ra, rc, rd, t, rs, m; the identity and both branches share the Q of ra.
     assert kinds["QuantizeLinear"] == 7
-    assert kinds["DequantizeLinear"] == 7 + 6
+    assert kinds["DequantizeLinear"] == 7 + 5
 
 
 @pytest.mark.parametrize(("tensor", "factor"), [("ra", 10.0), ("rs", 10.0), ("ra", 0.1), ("rs", 0.1)])
@@ -222,9 +222,13 @@ def test_tensorrt_rtx_parses_and_builds_it(name, tmp_path):
     ranges = {tensor: TensorRange(-1.0, 6.0) for tensor in observed_by_all(load_model(folded.path))}
     for remainder in ("float16",) if full else ("float16", "bfloat16"):
         forms = TensorRTForms(folded, table_of(folded, ranges), remainder)
-        int8, _ = forms.int8(forms.placement(), tmp_path / "int8.onnx")
+        everywhere = forms.placement()
+        some = frozenset(point.consumer.node for point in everywhere.weights[::7])
+        mixed = forms.placement(float_layers=some, untied_concats=frozenset(forms.concats()))
+        int8, _ = forms.int8(everywhere, tmp_path / "int8.onnx")
+        other, _ = forms.int8(mixed, tmp_path / "mixed.onnx")
         half, _ = forms.half(tmp_path / "half.onnx")
-        for form in (int8, half):
+        for form in (int8, other, half):
             compiled = compile_plan(form.path)
             assert len(compiled.float32_layers) == 1, "only the Cast of the logits may be float32"
             assert compiled.plan_bytes > 0
