@@ -252,7 +252,7 @@ def print_search(searched: Searched) -> None:
         for column in ("rank", "layer", "logits SQNR", "why"):
             table.add_column(column, justify="right" if column in ("rank", "logits SQNR") else "left")
         for kept in result.kept:
-            sqnr = "-" if kept.logits_sqnr_db is None else f"{kept.logits_sqnr_db:.1f} dB"
+            sqnr = "-" if kept.logits_sqnr_db is None else f"{kept.logits_sqnr_db + 0.0:.1f} dB"
             table.add_row(str(kept.rank), kept.layer, sqnr, kept.reason)
         console.print(table)
     change = 100.0 * (judged.lost - judged.gained) / judged.n_images

@@ -81,3 +81,7 @@ and more."""
 SHARED_PATTERNS_RTOL = 0.1
 """Energies of 100 layers that share 31 patterns, over the largest: 64 images x 31 sums, each with crossing terms of random
 sign over 200 logits."""
+
+EARLY_STOP_ATOL = 0.02
+"""Share of `SIMULATED_MEASUREMENTS` early stops that err, above the error they may spend: three standard deviations of
+that share (0.007 each)."""
