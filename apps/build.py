@@ -62,6 +62,24 @@ def build_command(
             show_default=False,
         ),
     ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=100,
+            help="Refuse to publish if fewer percent of the images of --eval keep fp32's answer (exit 3). "
+            "Needs no labels.",
+            show_default=False,
+        ),
+    ] = None,
+    meet_budget: Annotated[
+        bool,
+        typer.Option(
+            "--meet-budget",
+            help="Search the layers that must stay in float to meet --max-drop or --min-agreement at the least "
+            "measured latency, instead of refusing.",
+        ),
+    ] = False,
     target: Annotated[str, typer.Option(help="What it is for: a name of `edgefold targets`.")] = "cpu",
     jetpack: Annotated[
         str | None,
@@ -129,6 +147,8 @@ def build_command(
         weights=weights,
         eval_data=evaluate,
         max_drop_points=max_drop,
+        min_agreement_percent=min_agreement,
+        meet_budget=meet_budget,
         target=target,
         jetpack=jetpack,
         tensorrt=tensorrt,

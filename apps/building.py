@@ -17,6 +17,7 @@ from pipeline.compile import Calibration, Compiled, compile_model
 from pipeline.contracts import Batches, Dataset, EngineBackend, Progress
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import EngineRecord
+from pipeline.validation_agreement import AgreementResult
 
 if TYPE_CHECKING:
     from calibration.quantizer import StaticQuantizer
@@ -81,7 +82,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
         manifest = make_manifest(request, model, made, material.calibration_data, evaluation)
         write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)
-    return BuildOutcome(bundle, made.validation, model.notes)
+    return BuildOutcome(bundle, made.validation, model.notes, made.agreement, made.searched)
 
 
 def _make_for_cpu(material: Material, progress: Progress) -> Made:
@@ -103,11 +104,36 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
         options=EngineOptions(),
         progress=progress,
     )
-    validation = None
+    searched = None
+    if request.meet_budget:
+        from apps.budgeting import budget_of, meet_budget
+
+        budget = budget_of(request)
+        assert data is not None, "_check asked for calibration images"
+        assert material.evaluation is not None, "_check asked for images to judge the budget on"
+        assert budget is not None, "_check asked for a budget"
+        searched = meet_budget(
+            request,
+            budget,
+            material.model,
+            compiled,
+            material.evaluation,
+            quantizer,
+            passes,
+            backend,
+            material.work_dir,
+            progress,
+        )
+        compiled = searched.compiled
+    validation = agreement = None
     if material.evaluation is not None:
-        validation = _judge(request, material.model, compiled, material.evaluation, data, backend, progress)
+        result = _judge(request, material.model, compiled, material.evaluation, data, backend, progress)
+        if isinstance(result, AgreementResult):
+            agreement = result
+        else:
+            validation = result
     engine = EngineRecord(compiled.engine.backend, compiled.engine.path.name, compiled.engine.fingerprint)
-    return Made(compiled.final, compiled.table, validation, engine)
+    return Made(compiled.final, compiled.table, validation, engine, agreement=agreement, searched=searched)
 
 
 def _check(request: BuildRequest) -> Preflight:
@@ -144,7 +170,29 @@ def _check(request: BuildRequest) -> Preflight:
         raise UsageError(f"--dla writes an int8 calibration cache; --precision {request.precision} has none")
     if request.max_drop_points is not None and request.eval_data is None:
         raise UsageError("--max-drop needs labelled images to measure the drop on: give --eval DATA")
+    _check_budget_options(request, checked.target.family)
     return checked
+
+
+def _check_budget_options(request: BuildRequest, family: str) -> None:
+    if request.min_agreement_percent is not None:
+        if request.max_drop_points is not None:
+            raise UsageError("--max-drop and --min-agreement are two budgets: give one of them")
+        if request.eval_data is None:
+            raise UsageError("--min-agreement needs images to compare answers on: give --eval DATA")
+        if family != "cpu":
+            raise UsageError(
+                "--min-agreement is for --target cpu; for a device, `edgefold validate --as` measures it emulated"
+            )
+    if not request.meet_budget:
+        return
+    if request.max_drop_points is None and request.min_agreement_percent is None:
+        raise UsageError("--meet-budget needs a budget: give --max-drop POINTS or --min-agreement PERCENT")
+    if family != "cpu" or request.precision != "int8":
+        raise UsageError(
+            "--meet-budget searches the layers that int8 has to leave out on a CPU, timed here: give --target cpu and "
+            "--precision int8. For a device, `edgefold finish` times the candidates of the bundle there"
+        )
 
 
 def _resolve(request: BuildRequest) -> ResolvedModel:
@@ -172,9 +220,10 @@ def _resolve(request: BuildRequest) -> ResolvedModel:
 def _open_evaluation(request: BuildRequest, model: ResolvedModel) -> Dataset | None:
     if request.eval_data is None:
         return None
-    from apps.validating import open_labelled
+    from apps.validating import open_images, open_labelled
 
-    return open_labelled(request.eval_data, model.labels, model.num_classes, request.eval_limit)
+    opener = open_labelled if request.min_agreement_percent is None else open_images
+    return opener(request.eval_data, model.labels, model.num_classes, request.eval_limit)
 
 
 def _with_labels(model: ResolvedModel, evaluation: Dataset | None) -> ResolvedModel:
@@ -236,10 +285,10 @@ def _judge(
     calibrated_on: Dataset | None,
     backend: EngineBackend,
     progress: Progress,
-) -> ValidationResult:
+) -> ValidationResult | AgreementResult:
     """Judge the engine before anything is published; the PyTorch model is in memory anyway."""
-    from apps.validating import Reference, subject_of_models, validate_subject
-    from pipeline.validation_result import check_budget
+    from apps.validating import Reference, compare_subject, subject_of_models, validate_subject
+    from pipeline.validation_result import check_agreement, check_budget
 
     subject = subject_of_models(
         compiled.folded,
@@ -248,6 +297,10 @@ def _judge(
         precision=request.precision,
         num_classes=model.num_classes,
     )
+    if request.min_agreement_percent is not None:
+        agreed = compare_subject(subject, evaluation, backend, Reference(model), progress=progress)
+        check_agreement(agreed.total, agreed.n_images, request.min_agreement_percent)
+        return agreed
     result = validate_subject(
         subject, evaluation, backend, Reference(model), progress=progress, calibrated_on=calibrated_on
     )

@@ -28,8 +28,10 @@ from pipeline.manifest import (
 )
 
 if TYPE_CHECKING:
+    from apps.budgeting import Searched
     from engines.tensorrt.audit import AuditReport
     from pipeline.models.resolve import ResolvedModel
+    from pipeline.validation_agreement import AgreementResult
     from pipeline.validation_result import ValidationResult
 
 __all__ = [
@@ -67,6 +69,8 @@ class BuildRequest:
     weights: str | None = None
     eval_data: str | None = None
     max_drop_points: float | None = None
+    min_agreement_percent: float | None = None
+    meet_budget: bool = False
     target: str = "cpu"
     precision: Literal["int8", "fp16", "fp32"] = "int8"
     calibrator: Literal["minmax", "percentile", "entropy", "mse"] = "percentile"
@@ -92,6 +96,8 @@ class BuildOutcome:
     bundle: Bundle
     validation: ValidationResult | None
     notes: tuple[str, ...]
+    agreement: AgreementResult | None = None
+    searched: Searched | None = None
 
     def to_json(self) -> str:
         """For ``--json``: path, accuracy and the seconds of every stage."""
@@ -106,6 +112,8 @@ class BuildOutcome:
                 if manifest.deployment is None
                 else dataclasses.asdict(manifest.deployment),
                 "accuracy": dataclasses.asdict(manifest.accuracy) if manifest.accuracy else None,
+                "agreement": None if self.agreement is None else self.agreement.to_json(),
+                "search": next((s.checks for s in manifest.stages if s.stage == "search"), None),
                 "stages": [{"stage": s.stage, "seconds": s.seconds} for s in manifest.stages],
                 "files": {name: record.size_bytes for name, record in manifest.files.items()},
                 "notes": list(self.notes),
@@ -127,6 +135,9 @@ class Made:
     validation: ValidationResult | None
     engine: EngineRecord | None
     deployment: Deployment | None = None
+    agreement: AgreementResult | None = None
+    """Where it was judged without labels."""
+    searched: Searched | None = None
     audit: AuditReport | None = None
 
 
@@ -145,7 +156,9 @@ def write_report(
     render_report(
         writer.path / "report.html",
         validation=made.validation,
+        agreement=made.agreement,
         max_drop_points=request.max_drop_points,
+        min_agreement_percent=request.min_agreement_percent,
         manifest=manifest,
         calibration=made.table,
         audit=made.audit,
@@ -158,7 +171,7 @@ def print_build(outcome: BuildOutcome) -> None:
     from rich import box
     from rich.table import Table
 
-    from apps.report import print_validation
+    from apps.report import print_agreement, print_validation
 
     manifest = outcome.bundle.manifest
     table = Table(title="Stages", title_justify="left", box=box.SIMPLE_HEAD)
@@ -169,6 +182,12 @@ def print_build(outcome: BuildOutcome) -> None:
     console.print(table)
     if outcome.validation is not None:
         print_validation(outcome.validation, console)
+    if outcome.agreement is not None:
+        print_agreement(outcome.agreement, console)
+    if outcome.searched is not None:
+        from apps.budgeting import print_search
+
+        print_search(outcome.searched)
     sizes = {name: record.size_bytes / 1e6 for name, record in manifest.files.items()}
     print_deployment(manifest, console)
     built = f"[bold green]built[/] {manifest.name}, {manifest.precision} for {manifest.target}"
@@ -178,7 +197,7 @@ def print_build(outcome: BuildOutcome) -> None:
     console.print(built)
     console.print(f"bundle: {outcome.bundle.path}", markup=False, soft_wrap=True)
     console.print(f"report: {outcome.bundle.file('report.html')}", markup=False, soft_wrap=True)
-    if outcome.validation is None:
+    if outcome.validation is None and outcome.agreement is None:
         console.print("not judged: give --eval DATA with labels to see what it cost", style="yellow")
 
 

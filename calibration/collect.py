@@ -30,7 +30,7 @@ from pipeline.errors import CalibrationError
 from pipeline.onnx_files import load_model, save_model
 from pipeline.preprocess import preprocess_sha256
 
-__all__ = ["SAMPLES_PER_IMAGE", "Observation", "collect", "observation_graph"]
+__all__ = ["SAMPLES_PER_IMAGE", "Observation", "collect", "fix_batch", "observation_graph"]
 
 SAMPLES_PER_IMAGE = 4096
 _OBSERVATIONS = "edgefold_observations"
@@ -121,7 +121,7 @@ def observation_graph(model: ir.Model, tensors: Sequence[str], batch: int) -> tu
     Raises:
         CalibrationError: a tensor is not in the model, or its shape is not known.
     """
-    _fix_batch(model, batch)
+    fix_batch(model, batch)
     builder = _Builder(model.graph, batch)
     observations = tuple(builder.observe(name) for name in tensors)
     builder.finish()
@@ -213,7 +213,7 @@ class _Builder:
         return self._graph.initializers[name]
 
 
-def _fix_batch(model: ir.Model, batch: int) -> None:
+def fix_batch(model: ir.Model, batch: int) -> None:
     """Give the free batch dimension its size, and every tensor its shape."""
     for value in model.graph.inputs:
         assert value.shape is not None, "an interface without a shape was read from a file"

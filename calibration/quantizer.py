@@ -57,7 +57,7 @@ class StaticQuantizer:
             raise UsageError(f"no placement {placement!r}; choose one of {', '.join(PLACEMENTS)}")
         self._method = method
         self._placement = placement
-        self._runner_factory = runner_factory
+        self.runner_factory = runner_factory
         self._cache_dir = cache_dir
         self._corrections = checked_corrections(corrections)
 
@@ -148,7 +148,7 @@ class StaticQuantizer:
         observed = observed_by_all(load_model(model.path))
 
         def gather() -> TensorStatistics:
-            return collect(model, observed, batches, dataset_sha256, self._runner_factory, progress)
+            return collect(model, observed, batches, dataset_sha256, self.runner_factory, progress)
 
         if self._cache_dir is None:
             return gather(), False
@@ -158,25 +158,37 @@ class StaticQuantizer:
 
 
 def apply_table(
-    model: ModelArtifact, table: CalibrationTable, placement: str, out_path: Path
+    model: ModelArtifact,
+    table: CalibrationTable,
+    placement: str,
+    out_path: Path,
+    float_layers: frozenset[str] = frozenset(),
 ) -> tuple[ModelArtifact, StageRecord]:
     """Write the int8 form of `model` with the ranges of a table made earlier.
 
     One table serves every placement. ``tensorrt`` gives the strongly typed form of
     `calibration.tensorrt_form`.
 
+    Args:
+        model: folded fp32 ONNX.
+        table: its calibration table.
+        placement: the engine family.
+        out_path: where the Q/DQ ONNX goes, replaced atomically.
+        float_layers: layers that stay in floating point, by the name of their output tensor.
+
     Raises:
+        UsageError: a name of `float_layers` is no layer of the model.
         IntegrityError: the table is another model's.
         CalibrationError: the table lacks a tensor this placement needs, or a weight is not finite.
         PassError: a step to TensorRT's form changed what the model computes.
     """
     if placement == "tensorrt":
         forms = TensorRTForms(model, table)
-        return forms.int8(forms.placement(), out_path)
+        return forms.int8(forms.placement(float_layers=float_layers), out_path)
     start = time.perf_counter()
     check_table(table, model)
     graph = load_model(model.path)
-    placed = PLACEMENTS[placement](graph)
+    placed = PLACEMENTS[placement](graph, float_layers=float_layers)
     insert_qdq(graph, placed, table.ranges)
     sha256 = save_model(graph, out_path)
     inputs, outputs = interface(graph)

@@ -71,7 +71,7 @@ def layer_noise(
     """
     values = {name_of(v): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
     grids = {point.tensor: activation_params(point, placement, ranges) for point in placement.activations}
-    exact = {point.tensor for point in placement.activations if point.scale is not None}
+    rounded = {point.tensor for point in placement.activations if point.scale is None}  # pixels are not
     found = []
     for point in placement.weights:
         weight = graph.initializers[point.weight].const_value
@@ -80,7 +80,7 @@ def layer_noise(
         params = weight_params(array, point, placement)
         noise = array - dequantize(quantize(array, params), params)
         nsr = _energy(noise) / max(_energy(array), np.finfo(np.float64).tiny)
-        if point.input not in exact:
+        if point.input in rounded:
             parts = [
                 (share, distribution(statistics.histogram[name], statistics.min[name], statistics.max[name]))
                 for name, share in _origins(values[point.input], statistics)

@@ -81,3 +81,16 @@ LAYER_NOISE_DB = 0.7
 """The noise of one layer from its input's histogram and its weight against the noise that is measured. 2,000 inputs
 settle the measured one to 0.2 dB, and the product of both errors, left out, is 40 dB lower; the rest is clipping,
 whose error grows with the value and so is not as independent of it as rounding."""
+
+SENSITIVITY_DB = 1.5
+"""Logits SQNR of one layer in int8: told apart to first order in float32, against the real int8 graph. The kernels
+round a tensor that a pool reads as well, and the noise of a coarse layer has second-order terms; a wrong layer is off by 10 dB
+and more."""
+
+SHARED_PATTERNS_RTOL = 0.1
+"""Energies of 100 layers that share 31 patterns, over the largest: 64 images x 31 sums, each with crossing terms of random
+sign over 200 logits."""
+
+EARLY_STOP_ATOL = 0.02
+"""Share of `SIMULATED_MEASUREMENTS` early stops that err, above the error they may spend: three standard deviations of
+that share (0.007 each)."""

@@ -24,6 +24,8 @@ from apps.report.plots import (
     range_plot,
     reliability_plot,
     reliability_plot_text,
+    sensitivity_plot,
+    sensitivity_plot_text,
 )
 from pipeline.artifacts import CalibrationTable
 from pipeline.errors import EdgefoldError
@@ -40,6 +42,7 @@ _MAX_PLOTTED_CLASSES = 16
 _MAX_CLASS_ROWS = 200
 _MAX_PLOTTED_CONFUSIONS = 12
 _WIDEST_RANGES = 8
+_MOST_SENSITIVE = 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,7 @@ def render_report(
         **_validation_parts(validation, max_drop_points),
         **_calibration_parts(calibration),
         **_fold_parts(manifest),
+        **_search_parts(manifest),
     )
     _write_atomically(path, html.encode())
 
@@ -193,6 +197,22 @@ def _fold_parts(manifest: Manifest | None) -> dict[str, Any]:
     rows = [(op, before.get(op, 0), after.get(op, 0)) for op in {*before, *after}]
     rows.sort(key=lambda row: (row[1] == row[2], -max(row[1:]), row[0]))  # what changed first
     return {"fold": checks, "ops": rows}
+
+
+def _search_parts(manifest: Manifest | None) -> dict[str, Any]:
+    """What the build's ``search`` stage recorded: the plan, and what each layer costs."""
+    stages = manifest.stages if manifest else ()
+    checks = next((stage.checks for stage in stages if stage.stage == "search"), None)
+    if checks is None:
+        return {"search": None, "sensitivity_svg": None}
+    seen = [entry for entry in checks["sensitivity"] if entry["logits_sqnr_db"] is not None][:_MOST_SENSITIVE]
+    kept = {entry["layer"] for entry in checks["kept_in_float"]}
+    return {
+        "search": checks,
+        "sensitivity_svg": sensitivity_plot(seen, kept) if seen else None,
+        "sensitivity_text": sensitivity_plot_text(seen),
+        "n_most_sensitive": len(seen),
+    }
 
 
 def _write_atomically(path: Path, data: bytes) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from apps.report.wording import percent, points
@@ -33,6 +33,8 @@ __all__ = [
     "range_plot",
     "reliability_plot",
     "reliability_plot_text",
+    "sensitivity_plot",
+    "sensitivity_plot_text",
 ]
 
 _INK, _MUTED, _GRID, _CARD = "#010101", "#020202", "#030303", "#040404"
@@ -222,6 +224,34 @@ def range_plot(ranges: Mapping[str, TensorRange]) -> str:
         axes.set_ylabel("value")
 
     return _svg("ranges", 5, draw)
+
+
+def sensitivity_plot(layers: Sequence[Mapping[str, Any]], kept: Collection[str]) -> str:
+    """What each layer's int8 does to the logits, and to its own output; the worst on top.
+
+    Args:
+        layers: `calibration.sensitivity.LayerSensitivity.to_json` of each; with a `logits_sqnr_db` all.
+        kept: names of those that stay in float.
+    """
+
+    def draw(axes: Axes) -> None:
+        for row, entry in enumerate(layers):
+            color = _BAD if entry["layer"] in kept else _ACCENT
+            if entry["sqnr_db"] is not None:
+                axes.plot([entry["logits_sqnr_db"], entry["sqnr_db"]], [row, row], color=_GRID, linewidth=1.5)
+                axes.plot(entry["sqnr_db"], row, "o", color=_MUTED, markersize=4)
+            axes.plot(entry["logits_sqnr_db"], row, "D", color=color, markersize=6)
+        names = [_short(entry["layer"]) for entry in layers]
+        axes.set_yticks(range(len(layers)), names)
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.set_xlabel("SQNR in dB: ◆ of the logits, ● of its own output (left is worse)")
+
+    return _svg("sensitivity", len(layers), draw)
+
+
+def sensitivity_plot_text(layers: Sequence[Mapping[str, Any]]) -> str:
+    """What `sensitivity_plot` shows, for those who do not see it."""
+    return "; ".join(f"{entry['layer']} {entry['logits_sqnr_db']:.1f} dB at the logits" for entry in layers)
 
 
 def drop_plot_text(drops: Sequence[Drop]) -> str:

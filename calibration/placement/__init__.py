@@ -1,9 +1,10 @@
-"""Which tensors get Q/DQ: one file an engine family, each a plain function ``place(model) -> Placement``."""
+"""Which tensors get Q/DQ: one file an engine family, each a plain function ``place(model, float_layers=...) -> Placement``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Protocol
 
 import onnx_ir as ir
 
@@ -15,14 +16,22 @@ __all__ = [
     "ActivationPoint",
     "Edge",
     "FloatType",
+    "Place",
     "Placement",
     "WeightPoint",
     "observed_by_all",
 ]
 
-PLACEMENTS: Mapping[str, Callable[[ir.Model], Placement]] = MappingProxyType(
-    {"cpu": cpu.place, "tensorrt": tensorrt.place}
-)
+
+class Place(Protocol):
+    """What the placements have in common; each may know more options."""
+
+    def __call__(self, model: ir.Model, *, float_layers: frozenset[str] = ...) -> Placement:
+        """Choose what is quantized; `float_layers`, named by their output tensor, are not."""
+        ...
+
+
+PLACEMENTS: Mapping[str, Place] = MappingProxyType({"cpu": cpu.place, "tensorrt": tensorrt.place})
 """By engine family."""
 
 

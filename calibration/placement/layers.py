@@ -7,11 +7,13 @@ from collections.abc import Collection
 import onnx_ir as ir
 
 from calibration.placement.points import Edge, WeightPoint
+from pipeline.errors import UsageError
 
 __all__ = [
     "MOVES",
     "STANDARD_DOMAINS",
     "WEIGHTED",
+    "check_names",
     "describe",
     "edges",
     "in_graph_order",
@@ -153,9 +155,11 @@ def moved_from(value: ir.Value, pixels: set[ir.Value]) -> list[ir.Value]:
     return [] if any(is_constant(v) or v in pixels for v in inputs) else inputs
 
 
-def edges(value: ir.Value) -> tuple[Edge, ...]:
-    """Every use of `value`, in a fixed order."""
-    return tuple(sorted(Edge(name_of(node.outputs[0]), index) for node, index in value.uses()))
+def edges(value: ir.Value, left_out: Collection[ir.Node] = ()) -> tuple[Edge, ...]:
+    """Every use of `value` by other nodes than those `left_out`, in a fixed order."""
+    return tuple(
+        sorted(Edge(name_of(node.outputs[0]), index) for node, index in value.uses() if node not in left_out)
+    )
 
 
 def in_graph_order(graph: ir.Graph, values: dict[ir.Value, str]) -> list[ir.Value]:
@@ -178,3 +182,18 @@ def name_of(value: ir.Value) -> str:
 def describe(node: ir.Node) -> str:
     """Operator and name (or output name): enough to find the node in a viewer."""
     return f"{node.op_type} {node.name or node.outputs[0].name!r}"
+
+
+def check_names(graph: ir.Graph, names: frozenset[str], op_types: frozenset[str], argument: str) -> None:
+    """Refuse names that are the output of no such operator.
+
+    Raises:
+        UsageError: names one of them, and the argument it came in.
+    """
+    known = {value.name for node in graph if node.op_type in op_types for value in node.outputs[:1]}
+    unknown = sorted(names - known)
+    if unknown:
+        raise UsageError(
+            f"{argument} names {unknown[0]!r}, which is the output of no {' or '.join(sorted(op_types))} "
+            f"({len(unknown)} unknown); layers are named by their output tensor"
+        )

@@ -45,6 +45,7 @@ from calibration.placement.layers import (
     MOVES,
     STANDARD_DOMAINS,
     WEIGHTED,
+    check_names,
     describe,
     in_graph_order,
     is_constant,
@@ -54,7 +55,6 @@ from calibration.placement.layers import (
     weight_point,
 )
 from calibration.placement.points import ActivationPoint, Edge, FloatType, Placement, WeightPoint
-from pipeline.errors import UsageError
 from pipeline.passes.center_pixels import PIXEL_CENTER
 
 __all__ = ["place"]
@@ -83,8 +83,8 @@ def place(
     Raises:
         UsageError: a name of either set is no such layer of the model.
     """
-    _check_names(model.graph, float_layers, WEIGHTED, "float_layers")
-    _check_names(model.graph, untied_concats, frozenset({"Concat"}), "untied_concats")
+    check_names(model.graph, float_layers, WEIGHTED, "float_layers")
+    check_names(model.graph, untied_concats, frozenset({"Concat"}), "untied_concats")
     return _Placer(model.graph, float_layers, untied_concats, remainder).run()
 
 
@@ -270,13 +270,3 @@ def _behind_a_layer(graph: ir.Graph) -> set[ir.Value]:
         if node.op_type in WEIGHTED or any(value in behind for value in node.inputs if value is not None):
             behind.update(node.outputs)
     return behind
-
-
-def _check_names(graph: ir.Graph, names: frozenset[str], op_types: frozenset[str], argument: str) -> None:
-    known = {value.name for node in graph if node.op_type in op_types for value in node.outputs[:1]}
-    unknown = sorted(names - known)
-    if unknown:
-        raise UsageError(
-            f"{argument} names {unknown[0]!r}, which is the output of no {' or '.join(sorted(op_types))} "
-            f"({len(unknown)} unknown); layers are named by their output tensor"
-        )

@@ -11,7 +11,7 @@ from onnx_text import onnx_model, op_counts, reference, weight
 from calibration.placement.cpu import place
 from calibration.qdq import insert_qdq
 from pipeline.artifacts import TensorRange
-from pipeline.errors import CalibrationError
+from pipeline.errors import CalibrationError, UsageError
 
 EVALUATED_OPSET = 19
 """ONNX's reference evaluator has no DequantizeLinear of opset 18."""
@@ -231,3 +231,70 @@ def test_a_weight_that_is_not_finite_is_named():
     )
     with pytest.raises(CalibrationError, match="tensor 'head'"):
         insert_qdq(model, place(model), {"x": TensorRange(-1.0, 1.0)})
+
+
+RESIDUAL = """g (float[N,4,8,8] x) => (float[N,3] y)
+    { a = Conv(x, w) r = Relu(a) b = Conv(r, v) s = Add(b, r) t = Relu(s)
+      c = Conv(t, u) p = GlobalAveragePool(c) f = Flatten(p) y = Gemm(f, h) }"""
+
+
+def residual():
+    weights = {name: weight(4, 4, 1, 1, seed=i) for i, name in enumerate("wvu")}
+    return onnx_model(RESIDUAL, **weights, h=weight(4, 3))
+
+
+def layers(placement):
+    return [point.consumer.node for point in placement.weights]
+
+
+def test_a_layer_in_float_reads_its_input_as_it_was_computed():
+    placement = place(residual(), float_layers=frozenset({"b"}))
+    assert layers(placement) == ["a", "c", "y"]
+    assert placement.skipped == (
+        ("Conv 'b'", "asked for: it keeps its input and its weight in floating point"),
+    )
+    # The Add still serves c, which is in int8: both its inputs are quantized, but not for b.
+    found = points(placement)
+    assert {(e.node, e.index) for e in found["r"].consumers} == {("s", 1)}
+    assert list(found) == ["x", "r", "b", "t", "c", "p", "f"]
+
+
+def test_an_add_and_a_pool_go_with_the_layers_they_serve():
+    placement = place(residual(), float_layers=frozenset({"c"}))
+    assert list(points(placement)) == ["x", "r", "c", "p", "f"]  # s is added in float: c alone reads it
+    placement = place(residual(), float_layers=frozenset({"y"}))
+    assert list(points(placement)) == ["x", "r", "b", "t"]  # and the average is taken in float
+
+
+def test_with_all_layers_in_float_nothing_is_quantized():
+    model = residual()
+    placement = place(model, float_layers=frozenset("abcy"))
+    assert placement.activations == placement.weights == ()
+    tail = onnx_model(
+        "g (float[N,4,8,8] x) => (float[N,4,1,1] y) { a = Conv(x, w) y = GlobalAveragePool(a) }",
+        w=weight(4, 4, 1, 1),
+    )
+    assert list(points(place(tail))) == ["x", "a"]
+    assert place(tail, float_layers=frozenset({"a"})).activations == ()
+
+
+def test_no_layer_in_float_is_the_same_as_saying_nothing():
+    assert place(residual(), float_layers=frozenset()) == place(residual())
+
+
+def test_a_float_layer_that_is_none_is_named():
+    with pytest.raises(UsageError, match="float_layers names 's'"):
+        place(residual(), float_layers=frozenset({"s"}))
+
+
+@pytest.mark.parametrize("kept", [{"a"}, {"b", "y"}, {"a", "c"}, {"a", "b", "c", "y"}])
+def test_a_mixed_graph_is_valid_and_close(kept):
+    weights = {name: weight(4, 4, 1, 1, seed=i) for i, name in enumerate("wvu")}
+    model = onnx_model(RESIDUAL, opset=EVALUATED_OPSET, **weights, h=weight(4, 3))
+    expected = reference(model)[0]
+    placement = place(model, float_layers=frozenset(kept))
+    insert_qdq(model, placement, {name: TensorRange(-4.0, 4.0) for name in placement.observed})
+    onnx.checker.check_model(ir.serde.serialize_model(model), full_check=True)
+    noise = np.mean((reference(model)[0] - expected) ** 2)
+    assert noise < 5e-2 * np.mean(expected**2)  # a range of 4 is coarse for an average
+    assert (noise == 0.0) == (len(kept) == 4)
