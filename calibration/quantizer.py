@@ -85,7 +85,7 @@ class StaticQuantizer:
         self._require_layers(model)
         with TemporaryDirectory(prefix="edgefold-corrections-") as folder:
             corrector = Corrector(
-                self._placement, self._corrections, batches, self._runner_factory, Path(folder), progress
+                self._placement, self._corrections, batches, self.runner_factory, Path(folder), progress
             )
             equalized = corrector.equalize(model)
             began = time.perf_counter()

@@ -102,7 +102,7 @@ def test_built_on_a_device(fake_tensorrt, orin, monkeypatch, make_model, tmp_pat
     options = TensorRtOptions(version_compatible=True, hardware_compatibility="ampere_plus")
     artifact = TensorRtBackend("tensorrt", options).build(make_model(), tmp_path, EngineOptions())
     assert artifact.path == tmp_path / "model.plan"
-    assert (tmp_path / INSPECTOR_NAME).read_text() == '{"Layers": ["conv"]}'
+    assert (tmp_path / INSPECTOR_NAME).read_text() == '{"Layers": ["conv at [2, 3, 8, 8]"]}'
     assert artifact.fingerprint == Fingerprint(
         "tensorrt", "10.3.0", orin.name, ("sm_87", "version_compatible", "ampere_plus")
     )
