@@ -104,8 +104,8 @@ def build_command(
     corrections: Annotated[
         str | None,
         typer.Option(
-            help="What is done against the loss: equalize, ranges, bias, adaround, with commas between, or none. "
-            "By default all that paid everywhere: ranges,bias,adaround.",
+            help="What is done against the loss, for more time: equalize, ranges, bias, adaround, with commas between. "
+            "ranges,bias,adaround paid on every network measured.",
             show_default=False,
         ),
     ] = None,

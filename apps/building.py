@@ -155,7 +155,8 @@ def _check(request: BuildRequest) -> Preflight:
         raise UsageError(
             f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
         )
-    parse_corrections(request.corrections)
+    if parse_corrections(request.corrections) and request.meet_budget:
+        raise UsageError("--meet-budget searches among layers without corrections; leave --corrections out")
     if request.corrections is not None and checked.target.family != "cpu":
         raise UsageError(
             f"--corrections is for CPU targets: the candidates for {checked.target.name} share their weights with "

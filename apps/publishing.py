@@ -75,7 +75,7 @@ class BuildRequest:
     precision: Literal["int8", "fp16", "fp32"] = "int8"
     calibrator: Literal["minmax", "percentile", "entropy", "mse"] = "percentile"
     corrections: str | None = None
-    """Names with commas between, or ``none``; ``None``: the default ones."""
+    """Names with commas between; ``none`` or ``None``: none of them."""
     calib_limit: int = 128
     eval_limit: int | None = None
     input_size: int | None = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from calibration.collect import SAMPLES_PER_IMAGE, collect
-from calibration.correction import DEFAULT_CORRECTIONS, Corrector, checked_corrections, placed_graph
+from calibration.correction import Corrector, checked_corrections, placed_graph
 from calibration.placement import PLACEMENTS, observed_by_all
 from calibration.qdq import insert_qdq
 from calibration.ranges import METHODS
@@ -37,7 +37,7 @@ class StaticQuantizer:
         *,
         runner_factory: RunnerFactory,
         cache_dir: Path | None = None,
-        corrections: Collection[str] = DEFAULT_CORRECTIONS,
+        corrections: Collection[str] = (),
     ) -> None:
         """Choose how ranges are found and where Q/DQ stand.
 

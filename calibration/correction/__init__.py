@@ -3,7 +3,6 @@
 from calibration.correction.correcting import Corrector, placed_graph
 from calibration.correction.records import (
     CORRECTIONS,
-    DEFAULT_CORRECTIONS,
     CorrectionRecord,
     checked_corrections,
     parse_corrections,
@@ -11,7 +10,6 @@ from calibration.correction.records import (
 
 __all__ = [
     "CORRECTIONS",
-    "DEFAULT_CORRECTIONS",
     "CorrectionRecord",
     "Corrector",
     "checked_corrections",

@@ -10,7 +10,6 @@ from pipeline.errors import UsageError
 
 __all__ = [
     "CORRECTIONS",
-    "DEFAULT_CORRECTIONS",
     "CorrectionRecord",
     "checked_corrections",
     "parse_corrections",
@@ -19,8 +18,6 @@ __all__ = [
 
 CORRECTIONS = ("equalize", "ranges", "bias", "adaround")
 """In the order in which they are made."""
-DEFAULT_CORRECTIONS = ("ranges", "bias", "adaround")
-"""Those that paid on every network measured; `docs/accuracy.md` has the figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +47,13 @@ def checked_corrections(names: Collection[str]) -> frozenset[str]:
 
 
 def parse_corrections(text: str | None) -> tuple[str, ...]:
-    """``a,b`` to names, ``none`` to no name, ``None`` to `DEFAULT_CORRECTIONS`.
+    """``a,b`` to names; ``none`` and ``None`` to no name.
 
     Raises:
         UsageError: a name is unknown.
     """
     if text is None:
-        return DEFAULT_CORRECTIONS
+        return ()
     names = [name.strip() for name in text.split(",") if name.strip()]
     if names == ["none"]:
         return ()
