@@ -228,6 +228,19 @@ def test_the_global_pool_and_the_head_stay_in_half_precision(pool):
     assert "fully connected" in reasons
 
 
+def test_a_head_of_millions_of_weights_is_quantized_and_its_logits_are_not():
+    model = onnx_model(
+        """g (float[N,512] x) => (float[N,8631] logits) { logits = Gemm<transB=1>(x, h, b) }""",
+        h=weight(8631, 512),
+        b=weight(8631),
+    )
+    placement = place(model)
+    assert list(points(placement)) == ["x"]
+    (head,) = placement.weights
+    assert (head.weight, head.axis, head.bias) == ("h", 0, None)
+    assert placement.skipped == ()
+
+
 @pytest.mark.parametrize(
     ("shape", "groups", "int8"),
     [
