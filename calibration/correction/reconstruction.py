@@ -63,6 +63,8 @@ _POSITIONS_A_SUM = 16
 _MAX_SAMPLES = 2**25
 """Values drawn of one layer's input: 134 MB."""
 _HELD_POSITIONS = 4096
+_RANGE_SAMPLES = 2**22
+"""For the search of one number, in eleven trials."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +270,7 @@ class _Run:
             return
         inputs = self._quantized.advance(point.tensor)
         fit, held = (
-            self._samples(linear, inputs, None, outputs, images, _HELD_POSITIONS)
+            self._samples(linear, inputs, None, outputs, images, _RANGE_SAMPLES)
             for images in (self._fit, self._held)
         )
         name = point.sources[0]
@@ -304,12 +306,12 @@ class _Run:
         grid: QuantParams | None,
         outputs: NDArray[np.float32],
         images: NDArray[np.intp],
-        at_most: int | None = None,
+        at_most: int = _MAX_SAMPLES,
     ) -> Samples:
         wanted = max(_MIN_POSITIONS, _POSITIONS_A_SUM * linear.n_sums)
         if images is self._held:
             wanted = _HELD_POSITIONS
-        wanted = min(wanted, at_most or wanted, max(1, _MAX_SAMPLES // (linear.n_sums * linear.n_groups)))
+        wanted = min(wanted, max(1, at_most // (linear.n_sums * linear.n_groups)))
         return linear.samples(inputs, grid, outputs, images, wanted, self._rng)
 
     def _linear(self, node: ir.Node, point: WeightPoint) -> LinearLayer | str:
