@@ -351,7 +351,7 @@ class _Search:
             f"{n:,} images do not show that the budget is met: the 95% interval ends at {100 * interval.high:.2f}%, and "
             f"{100 * limit:g}% are allowed"
         )
-        if (judged.lost - judged.gained) / n < limit and limit < 1.0:
+        if judged.lost - judged.gained + 1 <= limit * n + 1e-9 and limit < 1.0:  # an image at least below it
             needed = images_to_show(limit, judged.lost / n, judged.gained / n)
             note += f"; about {needed:,} would, if what they lose stays as it is"
         self._notes.append(note)

@@ -180,6 +180,9 @@ def test_images_that_do_not_show_it_are_noted_with_how_many_would():
     (note,) = search(engines, [layer(0)]).notes
     assert note.startswith("1,000 images do not show that the budget is met: the 95% interval ends at 1.")
     assert "would" in note
+    at_the_limit = Engines(lambda plan: 10, ms_of=lambda plan: 1.0)
+    (note,) = search(at_the_limit, [layer(0)]).notes
+    assert "would" not in note, "no number of images shows that a drop at the limit is below it"
 
 
 def test_bad_requests_are_refused():
