@@ -35,6 +35,7 @@ class BudgetImages:
         self._dataset, self._subject, self._budget = dataset, subject, budget
         self._path = folder / "budget-images.u8"
         self.n = 0
+        self._shape: tuple[int, ...] = ()
         self._answers: NDArray[np.int64] = np.zeros(0, np.int64)
         self._truth: NDArray[np.int64] = np.zeros(0, np.int64)
 

@@ -21,6 +21,7 @@ plan passed over), never accuracy. Judgements are kept by plan, so that a search
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -75,6 +76,10 @@ class Judged:
     n_images: int
     within: bool
     complete: bool
+    n_passes: int = 1
+    """One, or two where an early stop was followed by a pass over all images."""
+    n_seen: int = 0
+    """Images that went through the engine, over all passes."""
 
 
 @dataclass(slots=True)
@@ -113,7 +118,7 @@ class SearchResult:
     interval: Interval
     """95%, of what the budget limits, a fraction."""
     n_evaluations: int
-    """Judgements made, early-stopped ones included, those of an earlier run that was broken off too."""
+    """Passes over images, early-stopped ones included, those of an earlier run that was broken off too."""
     n_images_judged: int
     """Over all of them."""
     n_timings: int
@@ -236,8 +241,8 @@ class _Search:
             judged=judged,
             int8=self._asked[plan_key(frozenset())],
             interval=interval,
-            n_evaluations=len(self._asked),
-            n_images_judged=sum(entry.n_images for entry in self._asked.values()),
+            n_evaluations=sum(entry.n_passes for entry in self._asked.values()),
+            n_images_judged=sum(entry.n_seen for entry in self._asked.values()),
             n_timings=self._n_timings,
             plan_ms=plan_ms,
             int8_ms=int8_ms,
@@ -308,7 +313,12 @@ class _Search:
         key = plan_key(plan)
         known = self._state.judged.get(key)
         if known is None or (to_the_end and not known.complete):
-            known = self._state.judged[key] = self._judged(plan, to_the_end)
+            found = self._judged(plan, to_the_end)
+            known = self._state.judged[key] = dataclasses.replace(
+                found,
+                n_passes=1 if known is None else known.n_passes + 1,
+                n_seen=found.n_images + (0 if known is None else known.n_seen),
+            )
             self._keep(self._state)
         if key not in self._asked:
             self._progress("searching precision", len(self._asked) + 1, None)
@@ -341,7 +351,7 @@ class _Search:
             f"{n:,} images do not show that the budget is met: the 95% interval ends at {100 * interval.high:.2f}%, and "
             f"{100 * limit:g}% are allowed"
         )
-        if (judged.lost - judged.gained) / n < limit and limit < 1.0:
+        if judged.lost - judged.gained + 1 <= limit * n + 1e-9 and limit < 1.0:  # an image at least below it
             needed = images_to_show(limit, judged.lost / n, judged.gained / n)
             note += f"; about {needed:,} would, if what they lose stays as it is"
         self._notes.append(note)

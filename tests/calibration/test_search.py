@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from calibration.budget import Budget
-from calibration.search import MAX_RETURNS, Judged, SearchState, plan_key, search_precision
+from calibration.search import MAX_RETURNS, SearchState, plan_key, search_precision
 from calibration.sensitivity import LayerSensitivity
 from pipeline.errors import AccuracyGateError, DataError, UsageError
 
@@ -72,8 +72,9 @@ def test_the_fewest_layers_are_found_in_logarithmic_judgements(needed):
     engines = Engines(first_needed(needed), ms_of=lambda plan: 1.0 + 0.1 * len(plan))
     result = search(engines, ranking)
     assert [kept.layer for kept in result.kept] == [f"l{i}" for i in range(needed)]
-    assert result.n_evaluations <= 1 + 6 + 1 + MAX_RETURNS
-    assert result.judged == Judged(0, 0, N_IMAGES, within=True, complete=True)
+    assert result.n_evaluations <= 1 + 6 + 1 + 2 * MAX_RETURNS
+    assert (result.judged.lost, result.judged.n_images, result.judged.complete) == (0, N_IMAGES, True)
+    assert result.n_evaluations == len(engines.judged)
     assert engines.n_closed == len(engines.judged), "every pass is closed"
 
 
@@ -179,6 +180,9 @@ def test_images_that_do_not_show_it_are_noted_with_how_many_would():
     (note,) = search(engines, [layer(0)]).notes
     assert note.startswith("1,000 images do not show that the budget is met: the 95% interval ends at 1.")
     assert "would" in note
+    at_the_limit = Engines(lambda plan: 10, ms_of=lambda plan: 1.0)
+    (note,) = search(at_the_limit, [layer(0)]).notes
+    assert "would" not in note, "no number of images shows that a drop at the limit is below it"
 
 
 def test_bad_requests_are_refused():

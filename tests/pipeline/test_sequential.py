@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 import pytest
-from tolerances import EARLY_STOP_ATOL, SIMULATED_MEASUREMENTS
+from tolerances import SIMULATED_MEASUREMENTS, WRONG_EARLY_STOPS
 
 from pipeline.sequential import ALPHA, look_confidence, looks_of, verdict_so_far
 from pipeline.statistics import paired_drop_interval
@@ -45,7 +45,7 @@ def test_at_the_limit_itself_few_stops_are_wrong(gained_rate):
         if verdict is not None and verdict != truth:
             wrong[verdict] += 1
     for side, count in wrong.items():
-        assert count / SIMULATED_MEASUREMENTS < ALPHA + EARLY_STOP_ATOL, side
+        assert count / SIMULATED_MEASUREMENTS < WRONG_EARLY_STOPS, side
 
 
 def test_a_candidate_far_off_is_stopped_early_and_rightly():
