@@ -20,8 +20,12 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/edgefold demo --out out/demo
 
+# The streams first and by themselves: they keep time, which a busy neighbour would spoil.
+FAST := -m "not slow and not gpu and not network"
+STREAMS := tests/apps/streaming tests/apps/test_stream.py
 test: $(INSTALLED)
-	$(BIN)/pytest -m "not slow and not gpu and not network"
+	$(BIN)/pytest $(FAST) $(STREAMS)
+	$(BIN)/pytest $(FAST) -n auto --dist loadfile $(STREAMS:%=--ignore=%)
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow"
