@@ -161,9 +161,9 @@ def test_a_kill_leaves_the_earlier_recording(bundle: Path, tmp_path: Path) -> No
     process.kill()
     process.communicate(timeout=20)
     assert record.read_bytes() == b"earlier"
-    result = run(tmp_path, *arguments, "--max-frames", "5")  # and the next run cleans up
+    result = run(tmp_path, *arguments, "--max-frames", "20")  # and the next run cleans up
     assert result.returncode == 0, result.stderr
-    assert n_playable(record) >= 5
+    assert n_playable(record) >= 5  # by time: of two frames in one 30th of a second, the later is kept
     assert {path.name for path in tmp_path.iterdir()} == {"out.mp4", "out.jsonl", "cache"}
 
 
