@@ -244,7 +244,7 @@ def sensitivity_plot(layers: Sequence[Mapping[str, Any]], kept: Collection[str])
         names = [_short(entry["layer"]) for entry in layers]
         axes.set_yticks(range(len(layers)), names)
         axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_xlabel("SQNR in dB: ◆ of the logits, ● of its own output (left is worse)")
+        axes.set_xlabel("SQNR, dB: ◆ of the logits, ● of its own output")
 
     return _svg("sensitivity", len(layers), draw)
 
