@@ -30,7 +30,7 @@ import numpy as np
 
 OURS = "ours"
 FLOAT_WEIGHTS = "ours, fp32 weights"
-_OURS = {OURS: None, "ours, uncorrected": "none", "ours, all corrections": "equalize,ranges,bias,adaround"}
+_OURS = {OURS: "ranges,bias,adaround", "ours, uncorrected": "none", "ours, all corrections": "equalize,ranges,bias,adaround"}
 _PEERS = {
     "NNCF": ("nncf", "fast"),
     "NNCF, bias correction": ("nncf", "accurate"),
@@ -74,7 +74,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "images_float.npy").exists():
         prepare(given.photographs, folder)
-    tools = {name: (sys.executable, "ours", text or "default") for name, text in _OURS.items()}
+    tools = {name: (sys.executable, "ours", text) for name, text in _OURS.items()}
     tools[FLOAT_WEIGHTS] = (sys.executable, "float_weights", "default")
     for name, (tool, variant) in _PEERS.items():
         python = given.modelopt_python if tool == "modelopt" else given.peer_python
@@ -206,7 +206,7 @@ def _quantizer(variant: str) -> Any:
     from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
 
-    names = parse_corrections(None if variant == "default" else variant)
+    names = parse_corrections(variant)
     return StaticQuantizer("mse", runner_factory=fp32_runner, corrections=names)
 
 
