@@ -30,7 +30,11 @@ import numpy as np
 
 OURS = "ours"
 FLOAT_WEIGHTS = "ours, fp32 weights"
-_OURS = {OURS: "ranges,bias,adaround", "ours, uncorrected": "none", "ours, all corrections": "equalize,ranges,bias,adaround"}
+_OURS = {
+    OURS: "ranges,bias,adaround",
+    "ours, uncorrected": "none",
+    "ours, all corrections": "equalize,ranges,bias,adaround",
+}
 _PEERS = {
     "NNCF": ("nncf", "fast"),
     "NNCF, bias correction": ("nncf", "accurate"),

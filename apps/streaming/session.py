@@ -37,6 +37,7 @@ __all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
 StreamPrecision = Literal["int8", "fp16", "bf16", "fp32"]
 
 _FOLDED_NAME = "model.onnx"
+_CPU_ENGINE = "openvino"
 _USER_CLOSED = "window closed"
 
 
@@ -131,7 +132,7 @@ def run_stream(
     uri = parse_source(source)
     opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
     precision = precision or opened.manifest.precision
-    engine = engine or opened.manifest.ready_engine().backend
+    engine = engine or _engine_for(opened, precision)
     classes = _model_classes(opened)
     notes: list[str] = []
     with ExitStack() as stack:
@@ -307,20 +308,35 @@ def _model_classes(bundle: Bundle) -> ModelClasses:
     return ModelClasses(labels, count)
 
 
+def _engine_for(bundle: Bundle, precision: StreamPrecision) -> str:
+    """The engine that the bundle was built for; a CPU's for the folded model beside a plan."""
+    built = bundle.manifest.ready_engine()
+    beside_a_plan = bundle.manifest.deployment is not None and precision != bundle.manifest.precision
+    return _CPU_ENGINE if beside_a_plan else built.backend
+
+
 def _load_runner(bundle: Bundle, engine: str, precision: StreamPrecision, cache_dir: Path | None) -> Runner:
     """The engine on the bundle's model file, with the interface that the manifest promises."""
-    backend = engines.get_backend(engine)
-    manifest = bundle.manifest
-    names = {"fp32": _FOLDED_NAME, manifest.precision: manifest.ready_engine().file}
+    manifest, built = bundle.manifest, bundle.manifest.ready_engine()
+    names = {"fp32": _FOLDED_NAME, manifest.precision: built.file}
     if precision not in names:
         raise UsageError(f"the bundle {bundle.path} has {' and '.join(names)} models, none in {precision}")
     name = names[precision]
+    is_plan = manifest.deployment is not None and name == built.file
+    if is_plan and engine != built.backend:
+        raise UsageError(
+            f"the engine of bundle {bundle.path} is a plan of {built.backend}, which {engine} cannot run: leave --engine out, "
+            "or give --precision fp32 for the folded model"
+        )
+    backend = engines.get_backend(engine)
     artifact = EngineArtifact(
         path=bundle.file(name),
         sha256=bundle.sha256(name),
         model_sha256=bundle.sha256(name),
         backend=engine,
-        fingerprint=backend.fingerprint(),
+        # A plan is bound to what built it, and refused elsewhere by both names; an ONNX file is not.
+        fingerprint=built.fingerprint if is_plan else backend.fingerprint(),
+        portable=not is_plan,
     )
     runner = backend.load(artifact, EngineOptions(mode="latency", batch=1, cache_dir=cache_dir))
     n_scores = runner.outputs[0].shape[-1]

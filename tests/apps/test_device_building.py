@@ -150,6 +150,19 @@ class TestOnTheHost:
         assert stopped.value.code == 4
         assert "driver" in capfd.readouterr().err
 
+    def test_its_folded_model_streams_on_the_cpu_and_its_plan_on_no_other_engine(
+        self, for_l4: Bundle, workplace: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        stream = ["stream", str(for_l4.path), "--source", str(workplace / "images"), "--headless"]
+        with pytest.raises(SystemExit) as done:
+            main([*stream, "--precision", "fp32", "--json"])
+        assert done.value.code == 0
+        assert json.loads(capfd.readouterr().out)["engine"] == "openvino"
+        with pytest.raises(SystemExit) as stopped:
+            main([*stream, "--engine", "openvino"])
+        assert stopped.value.code == 2
+        assert "plan of tensorrt_rtx" in " ".join(capfd.readouterr().err.split())
+
     def test_fp16_alone_is_one_candidate_and_needs_no_images(self, workplace: Path) -> None:
         bundle = built(
             workplace, "half", target="jetson-agx-orin-64gb", precision="fp16", calib=None, eval_data=None
