@@ -153,7 +153,7 @@ def make_plans(
     if timed:
         built = _time_all(built, builder.api.flavour, timing, progress)
     kept = min(built, key=lambda plan: plan.measurement.p50_ms or 0.0)
-    audit = _audit(kept)
+    audit, unread = _audit(kept)
     fastest = {
         precision: min(
             (
@@ -173,7 +173,7 @@ def make_plans(
     for file in kept.folder.iterdir():
         shutil.move(file, out_dir / file.name)
     engine = dataclasses.replace(kept.engine, path=out_dir / kept.engine.path.name)
-    notes = (*failed, RTX_ONLY) if builder.api.flavour == "tensorrt_rtx" else tuple(failed)
+    notes = (*failed, *unread, *((RTX_ONLY,) if builder.api.flavour == "tensorrt_rtx" else ()))
     return Plans(engine, kept.offer.record, tuple(b.measurement for b in built), audit, problems, notes)
 
 
@@ -235,10 +235,14 @@ def _time_all(
     ]
 
 
-def _audit(plan: _Built) -> AuditReport:
-    """What the library said of the kernels, from the engine or from its build log; else the prediction."""
+def _audit(plan: _Built) -> tuple[AuditReport, tuple[str, ...]]:
+    """What the library said of the kernels, from the engine or from its build log; else the prediction, and why."""
     graph = load_model(plan.offer.model.path)
     for name, audit in ((INSPECTOR_NAME, audit_engine), (KERNEL_LOG_NAME, audit_build_log)):
         if (plan.folder / name).is_file():
-            return audit((plan.folder / name).read_text(encoding="utf-8"), graph)
-    return predict_audit(graph)
+            try:
+                return audit((plan.folder / name).read_text(encoding="utf-8"), graph), ()
+            except EngineError as error:
+                # A form of the output that is not known yet must not cost the user the plan.
+                return predict_audit(graph), (f"the audit is predicted: {error}",)
+    return predict_audit(graph), ()

@@ -200,5 +200,6 @@ def require_int8(problems: Sequence[str]) -> None:
         raise EngineError(
             "the engine is not the int8 engine that was asked for: " + "; ".join(problems) + ". "
             "A layer falls back where no int8 kernel exists for its shape or the engine was built without strong "
-            "typing: quantize what the audit names, or ask for fp16"
+            "typing: quantize what the audit names, ask for fp16, or keep the fastest plan all the same with "
+            "--on-fallback warn"
         )

@@ -372,6 +372,19 @@ class TestOnTheDevice:
         assert deployment is not None
         assert any("no kernel for int8" in note for note in deployment.notes)
 
+    def test_an_inspector_that_cannot_be_read_costs_the_audit_and_not_the_plan(
+        self,
+        for_jetson: Bundle,
+        tmp_path: Path,
+        latency_ms: dict[str, float],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        latency_ms.update({"int8": 1.2})
+        monkeypatch.setattr("apps.plans.INSPECTOR_NAME", "plan.json")  # a file that is no inspector's
+        finished = finish(copy_of(for_jetson, tmp_path), FinishOptions(), quiet)
+        assert finished.plans.audit.source == "predicted"
+        assert any("the audit is predicted" in note for note in finished.plans.notes)
+
     def test_where_none_compiles_the_first_reason_is_the_error(
         self, for_jetson: Bundle, tmp_path: Path, latency_ms: dict[str, float]
     ) -> None:
