@@ -1,33 +1,26 @@
 """What the CUDA kernel does, worked out on the CPU once for a frame size: taps, weights, tiles.
 
-The kernel must give the pixels of `pipeline.preprocess`, which are Pillow's. With antialiasing, Pillow filters
-along one axis and then along the other, with weights of 22 fractional bits, and rounds to bytes in between; the same
-integers are computed here (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` of Pillow's ``Resample.c``), so that
-the result is equal bit for bit but where a sine of ours rounds otherwise. Which axis comes first depends on
-Pillow's version, and on noise the two orders differ by a level, or by twenty where one axis shrinks and
-the other grows: `_rows_first` asks the Pillow that is installed. ``nearest`` is the case of one tap. Without
-antialiasing, Pillow's affine transform interpolates in double and truncates (``Geometry.c``), and so does the kernel:
-in float a value that is a whole number would often fall a level short. GPUs for graphics are slow at double, but
-it is a few dozen operations for each of the network's pixels.
+The kernel must give the pixels of `pipeline.preprocess`, which are Pillow's: with antialiasing it filters with the
+integers of `pipeline.resampling`. Without, Pillow's affine transform interpolates in double and truncates
+(``Geometry.c``), and so does the kernel: in float a value that is a whole number would often fall a level short. GPUs
+for graphics are slow at double, but it is a few dozen operations for each of the network's pixels.
 
 Only the crop is computed, and nothing outside of what its pixels need is read.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from pipeline.artifacts import PixelFormat, PreprocessSpec
 from pipeline.errors import DataError
 from pipeline.preprocess import affine, crop_start, resized_hw
+from pipeline.resampling import Taps, cropped, filtered, identity, nearest, rows_first
 
 __all__ = ["CameraFormat", "KernelPlan", "YuvMatrix", "bytes_per_pixel", "make_plan"]
 
@@ -45,7 +38,6 @@ _PIXEL_BYTES: dict[str, tuple[int, str]] = {
     "GRAY": (1, "GRAY"),
 }
 _MIN_SIDE = 2
-_FRACTION_BITS = 22
 _THREADS = 256
 _SHARED_LIMIT_BYTES = 48 << 10
 """What every GPU gives a block without being asked for more."""
@@ -69,9 +61,6 @@ _YUV: dict[str, tuple[int, ...]] = {
         )
     ),
 }
-
-_Taps = tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]
-"""For each output position: the first source position, how many follow, and their weights (positions × taps)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +104,12 @@ def make_plan(
     target_h, target_w = spec.input_hw
     neighbours = not spec.antialias and spec.interpolation != "nearest" and spec.resize != "none"
     across, down = _axes(spec, source_h, source_w, neighbours)
-    rows_first = not neighbours and _rows_first(spec, source_h, source_w)
-    tile_h, tile_w, starts, counts, shared_bytes = _tiles(across, down, rows_first, neighbours, frame_hw)
+    vertical_first = not neighbours and _vertical_first(spec, source_h, source_w)
+    tile_h, tile_w, starts, counts, shared_bytes = _tiles(across, down, vertical_first, neighbours, frame_hw)
     scale, shift = affine(spec)
     header = [
         source_h, source_w, int(pixel_format == "NV12"), *_channels(pixel_format, color), *_YUV[yuv],
-        target_h, target_w, across[2].shape[1], down[2].shape[1], tile_h, tile_w, int(rows_first),
+        target_h, target_w, across[2].shape[1], down[2].shape[1], tile_h, tile_w, int(vertical_first),
         0 if folded else 1 if spec.layout == "NHWC" else 2,
     ]  # fmt: skip
     floats = np.concatenate([scale, shift]).astype(np.float32)
@@ -157,7 +146,7 @@ def _channels(pixel_format: str, color: str) -> list[int]:
     return [n_bytes, *(0 if letters == "GRAY" else letters.index(letter) for letter in color)]
 
 
-def _axes(spec: PreprocessSpec, height: int, width: int, neighbours: bool) -> tuple[_Taps, _Taps]:
+def _axes(spec: PreprocessSpec, height: int, width: int, neighbours: bool) -> tuple[Taps, Taps]:
     """The taps of columns and of rows."""
     target_h, target_w = spec.input_hw
     if spec.resize == "none":
@@ -166,7 +155,7 @@ def _axes(spec: PreprocessSpec, height: int, width: int, neighbours: bool) -> tu
                 f"a frame is {width}×{height}, the network takes {target_w}×{target_h} and its preprocessing "
                 "does not resize: set the camera to that size, or set resize in the --preprocess file"
             )
-        return _identity(width), _identity(height)
+        return identity(width), identity(height)
     if neighbours and spec.interpolation == "lanczos":
         raise DataError("lanczos interpolation exists only with antialias=true; use bicubic or set antialias")
     resized_h, resized_w = resized_hw(height, width, spec)
@@ -182,86 +171,14 @@ def _axes(spec: PreprocessSpec, height: int, width: int, neighbours: bool) -> tu
             _neighbours(width, resized_w, left, target_w, n_taps),
             _neighbours(height, resized_h, top, target_h, n_taps),
         )
-    make = _nearest if spec.interpolation == "nearest" else _filtered(spec.interpolation)
+    make = nearest if spec.interpolation == "nearest" else filtered(spec.interpolation)
     return (
-        _cropped(make(width, resized_w), left, target_w),
-        _cropped(make(height, resized_h), top, target_h),
+        cropped(make(width, resized_w), left, target_w),
+        cropped(make(height, resized_h), top, target_h),
     )
 
 
-def _identity(size: int) -> _Taps:
-    ones = np.ones(size, np.int32)
-    return np.arange(size, dtype=np.int32), ones, np.full((size, 1), 1 << _FRACTION_BITS, np.int32)
-
-
-def _nearest(size: int, resized: int) -> _Taps:
-    step = size / resized
-    # Pillow adds up the steps; a product would round otherwise.
-    positions = np.add.accumulate(np.array([step * 0.5, *[step] * (resized - 1)]))
-    _, ones, weights = _identity(resized)
-    return np.minimum(positions.astype(np.int32), size - 1), ones, weights
-
-
-def _filtered(interpolation: str) -> Callable[[int, int], _Taps]:
-    function, reach = _FILTERS[interpolation]
-
-    def make(size: int, resized: int) -> _Taps:
-        if size == resized:  # Pillow leaves such an axis alone
-            return _identity(size)
-        scale = size / resized
-        stretch = max(scale, 1.0)
-        support = reach * stretch
-        centers = (np.arange(resized) + 0.5) * scale
-        first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
-        last = np.minimum((centers + support + 0.5).astype(np.int64), size)
-        offsets = np.arange(math.ceil(support) * 2 + 1)
-        distances = (offsets + first[:, np.newaxis] - centers[:, np.newaxis] + 0.5) * (1.0 / stretch)
-        weights = np.where(offsets < (last - first)[:, np.newaxis], function(distances), 0.0)
-        totals = np.add.accumulate(weights, axis=1)[:, -1:]  # one after the other, as Pillow adds
-        weights = np.divide(weights, totals, out=weights, where=totals != 0)
-        fixed = np.trunc(np.where(weights < 0, -0.5, 0.5) + weights * (1 << _FRACTION_BITS))
-        return first.astype(np.int32), (last - first).astype(np.int32), fixed.astype(np.int32)
-
-    return make
-
-
-def _bilinear(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.maximum(1.0 - np.abs(x), 0.0)
-
-
-def _bicubic(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    a, x = -0.5, np.abs(x)
-    near = ((a + 2.0) * x - (a + 3.0)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
-
-
-def _lanczos(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where((x >= -3.0) & (x < 3.0), np.sinc(x) * np.sinc(x / 3), 0.0)
-
-
-_FILTERS: dict[str, tuple[Callable[[NDArray[np.float64]], NDArray[np.float64]], float]] = {
-    "bilinear": (_bilinear, 1.0),
-    "bicubic": (_bicubic, 2.0),
-    "lanczos": (_lanczos, 3.0),
-}
-"""Each filter with its reach in pixels of the smaller image."""
-
-
-def _cropped(taps: _Taps, start: int, length: int) -> _Taps:
-    """The taps of `length` positions from `start`; outside of the image there are none."""
-    first, count, weights = taps
-    wanted = np.arange(start, start + length)
-    inside = (wanted >= 0) & (wanted < len(first))
-    index = np.clip(wanted, 0, len(first) - 1)
-    return (
-        first[index],
-        np.where(inside, count[index], 0).astype(np.int32),
-        weights[index],
-    )
-
-
-def _neighbours(size: int, resized: int, start: int, length: int, n_taps: int) -> _Taps:
+def _neighbours(size: int, resized: int, start: int, length: int, n_taps: int) -> Taps:
     """Where the interpolated positions begin (perhaps outside: the kernel clamps), and their fractions as words."""
     step = size / resized
     positions = (np.arange(length) + 0.5) * step + start * step
@@ -271,39 +188,25 @@ def _neighbours(size: int, resized: int, start: int, length: int, n_taps: int) -
     words = np.zeros((length, n_taps), np.int32)
     words[:, :2] = (centers - first).view(np.int32).reshape(length, 2)
     first = np.clip(first - (n_taps // 2 - 1), -n_taps, size)
-    return first.astype(np.int32), np.where(inside, n_taps, 0).astype(np.int32), words
+    return Taps(first.astype(np.int32), np.where(inside, n_taps, 0).astype(np.int32), words)
 
 
-def _rows_first(spec: PreprocessSpec, height: int, width: int) -> bool:
-    """Whether Pillow filters vertically before it filters horizontally."""
-    if spec.resize == "none" or spec.interpolation == "nearest" or not _pillow_orders_by_size():
+def _vertical_first(spec: PreprocessSpec, height: int, width: int) -> bool:
+    if spec.resize == "none" or spec.interpolation == "nearest":
         return False
-    resized_h, resized_w = resized_hw(height, width, spec)
-    # ImagingResampleInner of Pillow 13: where the height loses more than twice what the width loses.
-    return height > resized_h and height - resized_h > 2 * (width - resized_w)
-
-
-@functools.cache
-def _pillow_orders_by_size() -> bool:
-    """Whether this Pillow has the rule of `_rows_first`; older ones always begin with the horizontal pass.
-
-    A white pixel among black ones, two rows to one and two columns to six. Horizontally first, the overshoot beside
-    the edge is cut off at white, whose half is 128; vertically first, it is one of gray and stays (141).
-    """
-    image = Image.fromarray(np.array([[255, 0], [0, 0]], np.uint8))
-    return int(np.asarray(image.resize((6, 1), Image.Resampling.BICUBIC)).max()) > 128
+    return rows_first((height, width), resized_hw(height, width, spec))
 
 
 def _tiles(
-    across: _Taps, down: _Taps, rows_first: bool, neighbours: bool, frame_hw: tuple[int, int]
+    across: Taps, down: Taps, vertical_first: bool, neighbours: bool, frame_hw: tuple[int, int]
 ) -> tuple[int, int, NDArray[np.int32], NDArray[np.int32], int]:
     """A block's tile (height, width), the part of the source each row or column of tiles uses, and its shared memory.
 
     The part is of the axis filtered last: the pixels between the passes are kept in shared memory.
     """
-    first, count, _ = across if rows_first else down
+    first, count, _ = across if vertical_first else down
     for tile_h, tile_w in _TILES_HW:
-        along, aside = (tile_w, tile_h) if rows_first else (tile_h, tile_w)
+        along, aside = (tile_w, tile_h) if vertical_first else (tile_h, tile_w)
         starts, counts = [], []
         for begin in range(0, len(first), along):
             inside = count[begin : begin + along] > 0

@@ -15,8 +15,8 @@ import tolerances
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from engines.tensorrt import preprocess_plan
 from engines.tensorrt.preprocess_plan import make_plan
+from pipeline import resampling
 from pipeline.artifacts import PreprocessSpec
 from pipeline.errors import DataError
 from pipeline.preprocess import normalize, to_network_pixels
@@ -177,7 +177,7 @@ class TestOrderOfThePasses:
         image = noise(height, width, 3)
         found = []
         for by_size in (False, True):
-            monkeypatch.setattr(preprocess_plan, "_pillow_orders_by_size", lambda by_size=by_size: by_size)
+            monkeypatch.setattr(resampling, "_pillow_orders_by_size", lambda by_size=by_size: by_size)
             found.append(on_gpu(image, "BGR", spec))
         assert np.abs(found[0].astype(int) - found[1]).max() > 5
 
