@@ -38,6 +38,8 @@ def test_says_what_this_machine_has():
         "display",
         "extra: build",
         "extra: report",
+        "extra: serve",
+        "extra: mqtt",
         "gpu",
         "tensorrt",
         "jetson",
