@@ -174,7 +174,6 @@ class BrokerSession:
                 if now_s >= drain_until_s or self._said_goodbye():
                     return
             self._wait(connection, selector, _POLL_S if drain_until_s is None else drain_until_s - now_s)
-            self._collect_confirmed()
 
     def _wait(self, connection: Any, selector: selectors.BaseSelector, timeout_s: float) -> None:
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if self._client.want_write() else 0)
@@ -194,12 +193,15 @@ class BrokerSession:
         self._check(self._client.loop_misc())
 
     def _send_waiting(self) -> None:
+        """Fills the window; with QoS 0 an event is confirmed by being written, so it goes on at once."""
+        self._collect_confirmed()
         while len(self._unconfirmed) < _WINDOW:
             entry = self._outbox.take()
             if entry is None:
                 return
             number, source_id, line = entry
             self._unconfirmed[number] = self._publish(self._event_topic(source_id), line, self._qos)
+            self._collect_confirmed()
 
     def _collect_confirmed(self) -> None:
         for number in [number for number, info in self._unconfirmed.items() if info.is_published()]:
