@@ -81,6 +81,7 @@ class BrokerSession:
         on_accepted: Callable[[], None],
     ) -> None:
         self._broker = broker
+        self._client_id = client_id
         self._status_topic = status_topic
         self._event_topic = event_topic
         self._qos = qos
@@ -91,7 +92,7 @@ class BrokerSession:
         self._answer: ReasonCode | None = None
         self._unconfirmed: dict[int, paho.MQTTMessageInfo] = {}
         self._goodbye: paho.MQTTMessageInfo | None = None
-        self._client = self._new_client(client_id)
+        self._client: paho.Client
 
     @property
     def accepted(self) -> bool:
@@ -104,12 +105,9 @@ class BrokerSession:
         Raises:
             BrokerError: the connection failed or broke.
         """
-        connection = self._connect()
         try:
-            with selectors.DefaultSelector() as selector:
-                selector.register(connection, selectors.EVENT_READ)
-                selector.register(self._wake, selectors.EVENT_READ)
-                self._exchange(connection, selector)
+            self._client = self._new_client()
+            self._deliver(self._connect())
         except BrokerError:
             raise
         except Exception as error:
@@ -117,12 +115,21 @@ class BrokerSession:
             raise BrokerError(
                 f"the connection to {self._broker.shown} failed ({type(error).__name__}: {error})"
             ) from error
+
+    def _deliver(self, connection: Any) -> None:
+        try:
+            with selectors.DefaultSelector() as selector:
+                selector.register(connection, selectors.EVENT_READ)
+                selector.register(self._wake, selectors.EVENT_READ)
+                self._exchange(connection, selector)
         finally:
             # Without the DISCONNECT of a completed goodbye, the broker publishes the last will.
             connection.close()
 
-    def _new_client(self, client_id: str) -> paho.Client:
-        client = paho.Client(CallbackAPIVersion.VERSION2, client_id=client_id, reconnect_on_failure=False)
+    def _new_client(self) -> paho.Client:
+        client = paho.Client(
+            CallbackAPIVersion.VERSION2, client_id=self._client_id, reconnect_on_failure=False
+        )
         client.connect_timeout = _CONNECT_TIMEOUT_S
         client.will_set(self._status_topic, "offline", qos=1, retain=True)
         if self._broker.username is not None:

@@ -546,3 +546,13 @@ def test_without_paho(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr("apps.streaming.mqtt_session", raising=False)
     with pytest.raises(UnsupportedError, match=r"need paho-mqtt 2 .*pip install 'edgefold\[mqtt\]'"):
         MqttPublisher(MqttConfig("mqtt://127.0.0.1"), ["cam"])
+
+
+def test_importing_the_outputs_costs_nothing_that_is_not_used() -> None:
+    script = """
+import sys
+import apps.streaming.events, apps.streaming.mqtt, apps.streaming.recording
+print([name for name in ("paho", "cv2", "torch", "openvino") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
