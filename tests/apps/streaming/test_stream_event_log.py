@@ -196,8 +196,8 @@ print(published, time.monotonic() - started - published, log.counters()["dropped
         os.close(writes)
     published_s, closed_s, dropped = (float(word) for word in result.stderr.split())
     assert result.returncode == 0
-    assert published_s < 2.0
-    assert 1.9 < closed_s < 3.0
+    assert published_s < 3.0
+    assert 1.9 < closed_s < 3.5
     assert dropped > 3000
 
 

@@ -255,11 +255,11 @@ def test_a_slow_disk_does_not_hold_up_a_live_stream(
     started_s = time.monotonic()
     for index in range(50):
         recorder.write(frame(0.02 * index), PREDICTION, picture())
-    assert time.monotonic() - started_s < 0.2
+    assert time.monotonic() - started_s < 2.0  # waiting for the disk, it would be 10
     recorder.close()
     counters = recorder.counters()
     assert counters["frames"] + counters["dropped"] == 50
-    assert counters["dropped"] >= 44
+    assert counters["dropped"] >= 35
 
 
 def test_a_disk_that_hangs_holds_up_a_file_once_and_not_for_every_frame(
@@ -273,7 +273,7 @@ def test_a_disk_that_hangs_holds_up_a_file_once_and_not_for_every_frame(
     started_s = time.monotonic()
     for index in range(50):
         recorder.write(frame(0.02 * index), PREDICTION, picture())
-    assert 0.15 < time.monotonic() - started_s < 1.0
+    assert 0.15 < time.monotonic() - started_s < 3.0  # waiting each time, it would be 10
     with pytest.raises(EdgefoldError, match="the disk does not answer"):
         recorder.close()
     release.set()
