@@ -77,20 +77,21 @@ def read_config(
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not TOML: {error}") from error
-    tree = _with_defaults(raw, path, text)
+    file = _File(path, text, raw)
+    tree = _with_defaults(raw, file)
     _warn_of_secrets(tree, path, on_warning)
-    expanded = _expanded(tree, os.environ if environ is None else environ, (), path, text)
+    expanded = _expanded(tree, os.environ if environ is None else environ, (), file)
     try:
         config = _adapter().validate_json(json.dumps(expanded), strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        raise UsageError(_told(path, text, _as_written(first["loc"]), _meant(first))) from error
+        raise file.error(first["loc"], _meant(first)) from error
     except TypeError as error:  # TOML has dates and times, which no key takes
         raise UsageError(f"{path}: {error}; no key takes a date or time, write text in quotes") from error
     config = _resolved(config, path.absolute().parent)
     problem = find_problem(config)
     if problem is not None:
-        raise UsageError(_told(path, text, _as_written(problem[0]), problem[1]))
+        raise file.error(*problem)
     return config
 
 
@@ -130,33 +131,60 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"{path} is not UTF-8 text (byte {error.start}), as TOML has to be") from error
 
 
-def _with_defaults(raw: Tree, path: Path, text: str) -> Tree:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _File:
+    """The file, to say where in it something is wrong."""
+
+    path: Path
+    text: str
+    raw: Tree
+
+    def error(self, loc: Loc, what: str) -> UsageError:
+        """`what` is wrong at a place of `StreamConfig`, told as the file has it: key and line."""
+        loc = self._as_written(loc)
+        line = line_of(self.text, loc)
+        at = "" if line is None else f", line {line}"
+        return UsageError(f"{self.path}{at}: {'.'.join(map(str, loc))}: {what}")
+
+    def _as_written(self, loc: Loc) -> Loc:
+        if loc[:1] != (_SOURCES,) or _SOURCES in self.raw:
+            return loc
+        loc = (_SOURCE, *loc[1:])
+        if len(loc) < 3:
+            return loc
+        own, defaults = self.raw[_SOURCE][loc[1]], self.raw.get(_DEFAULTS, {})
+        for key in loc[2:]:
+            if isinstance(own, dict) and key in own:
+                own, defaults = own[key], defaults.get(key, {}) if isinstance(defaults, dict) else {}
+            else:
+                inherited = isinstance(defaults, dict) and key in defaults
+                return (_DEFAULTS, *loc[2:]) if inherited else loc
+        return loc
+
+
+def _with_defaults(raw: Tree, file: _File) -> Tree:
     """The tree of `StreamConfig`: sources under its name for them, each with the defaults."""
     tree = dict(raw)
     if _SOURCES in tree:
-        raise UsageError(_told(path, text, (_SOURCES,), "unknown key; write a [[source]] block for each"))
+        raise file.error((_SOURCES,), "unknown key; write a [[source]] block for each")
     defaults = tree.pop(_DEFAULTS, {})
     if not isinstance(defaults, dict):
-        raise UsageError(_told(path, text, (_DEFAULTS,), "must be a table: [defaults]"))
+        raise file.error((_DEFAULTS,), "must be a table: [defaults]")
     for key in defaults:
         if key in _OF_ONE_SOURCE:
-            raise UsageError(_told(path, text, (_DEFAULTS, key), "belongs to one source; give it there"))
+            raise file.error((_DEFAULTS, key), "belongs to one source; give it there")
         if key not in _fields(SourceConfig):
-            raise UsageError(_told(path, text, (_DEFAULTS, key), _unknown(key, _fields(SourceConfig))))
-    shared_record = defaults.pop("record", {}) if isinstance(defaults.get("record", {}), dict) else None
-    if shared_record is None or "path" in shared_record:
-        raise UsageError(
-            _told(
-                path,
-                text,
-                (_DEFAULTS, "record"),
-                "holds segment_s and quota_mb only: every source has its own path",
-            )
+            raise file.error((_DEFAULTS, key), _unknown(key, _fields(SourceConfig)))
+    shared_record = defaults.get("record", {})
+    if not isinstance(shared_record, dict) or "path" in shared_record:
+        raise file.error(
+            (_DEFAULTS, "record"), "holds segment_s and quota_mb only: every source has its own path"
         )
+    of_all = {key: value for key, value in defaults.items() if key != "record"}
     sources = tree.pop(_SOURCE, [])
     if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
-        raise UsageError(_told(path, text, (_SOURCE,), "must be blocks with two brackets: [[source]]"))
-    tree[_SOURCES] = [_with_default(source, defaults, shared_record) for source in sources]
+        raise file.error((_SOURCE,), "must be blocks with two brackets: [[source]]")
+    tree[_SOURCES] = [_with_default(source, of_all, shared_record) for source in sources]
     return tree
 
 
@@ -167,12 +195,12 @@ def _with_default(source: Tree, defaults: Tree, shared_record: Tree) -> Tree:
     return merged
 
 
-def _expanded(value: Any, environ: Mapping[str, str], loc: Loc, path: Path, text: str) -> Any:
+def _expanded(value: Any, environ: Mapping[str, str], loc: Loc, file: _File) -> Any:
     """`value` with every ``${NAME}`` replaced."""
     if isinstance(value, dict):
-        return {key: _expanded(item, environ, (*loc, key), path, text) for key, item in value.items()}
+        return {key: _expanded(item, environ, (*loc, key), file) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expanded(item, environ, (*loc, index), path, text) for index, item in enumerate(value)]
+        return [_expanded(item, environ, (*loc, index), file) for index, item in enumerate(value)]
     if not isinstance(value, str):
         return value
 
@@ -180,7 +208,7 @@ def _expanded(value: Any, environ: Mapping[str, str], loc: Loc, path: Path, text
         found = environ.get(match[1])
         if found is None:
             what = f"the environment has no variable {match[1]}; set it, in a service by EnvironmentFile="
-            raise UsageError(_told(path, text, _as_written(loc), what))
+            raise file.error(loc, what)
         return found
 
     userinfo = _USERINFO.search(value)
@@ -284,15 +312,3 @@ def _classes_in(hint: Any) -> list[type]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
     return [cls for argument in typing.get_args(hint) for cls in _classes_in(argument)]
-
-
-def _as_written(loc: Loc) -> Loc:
-    """A place of the tree as the file has it."""
-    return (_SOURCE, *loc[1:]) if loc[:1] == (_SOURCES,) else loc
-
-
-def _told(path: Path, text: str, loc: Loc, what: str) -> str:
-    line = line_of(text, loc)
-    at = "" if line is None else f", line {line}"
-    key = ".".join(str(step) for step in loc)
-    return f"{path}{at}: {key}: {what}"

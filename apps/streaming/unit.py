@@ -193,12 +193,12 @@ def _read_paths(config: StreamConfig) -> Iterator[Path]:
 
 def _written_folders(config: StreamConfig) -> list[Path]:
     """Folders outside the service's own state that the configuration writes to."""
-    written = [source.record.path for source in config.sources if source.record is not None]
+    records = [source.record.path for source in config.sources if source.record is not None]
+    folders = {path.parent if path.suffix else path for path in records}
     if config.predictions is not None:
-        written.append(config.predictions)
+        folders.add(config.predictions.parent)
     if config.events is not None and config.events.log not in (None, "-"):
-        written.append(Path(str(config.events.log)))
-    folders = {path.parent if path.suffix else path for path in written}
+        folders.add(Path(str(config.events.log)).parent)
     return sorted(folder for folder in folders if not folder.is_relative_to(STATE_DIRECTORY))
 
 

@@ -129,6 +129,14 @@ def test_standard_output_is_no_path(tmp_path: Path) -> None:
             "bundle = 'b'\n[defaults]\nrecord = { path = 'x' }\n[[source]]\nuri = 'synthetic:1'\n",
             ", line 3: defaults.record: holds segment_s and quota_mb only",
         ),
+        (
+            "bundle = 'b'\n[defaults]\npolicy = 'latest'\n" + MINIMAL.partition("\n")[2],
+            ", line 3: defaults.policy: Input should be 'newest' or 'every'",
+        ),
+        (
+            "bundle = 'b'\n[defaults]\nrecord.quota_mb = 0\n[[source]]\nuri = 'synthetic:1'\nrecord.path = 'r'\n",
+            ", line 3: defaults.record.quota_mb: 0 is out of range",
+        ),
         ("bundle = 'b'\n[source]\nuri = 'synthetic:1'\n", ", line 2: source: must be blocks"),
         ("bundle = 'b'\n", ": source: there is no source to stream"),
         ("[[source]]\nuri = 'synthetic:1'\n", ": bundle: this key is required"),
@@ -187,7 +195,7 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, content: bytes | No
     path = tmp_path / "c.toml"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match="cannot be read: No such file|not UTF-8|no configuration"):
+    with pytest.raises(UsageError, match=r"cannot be read: No such file|not UTF-8|no configuration"):
         read_config(path)
 
 

@@ -72,7 +72,7 @@ def test_devices_are_those_that_the_configuration_uses() -> None:
 def test_only_what_the_configuration_writes_can_be_written() -> None:
     text = unit(
         record=RecordConfig(Path("/data/rec/gate.mp4")),
-        predictions=Path("/data/p/predictions.jsonl"),
+        predictions=Path("/data/p/predictions"),
         events=EventConfig(log="/var/lib/edgefold/events.jsonl"),
     )
     assert values(text, "ReadWritePaths") == ["/data/p", "/data/rec"]
