@@ -15,14 +15,8 @@ from pipeline.bundle import Bundle, BundleWriter
 from pipeline.compile import FOLDED_NAME
 from pipeline.contracts import EngineBackend
 from pipeline.digest import file_sha256
-from pipeline.golden import (
-    GOLDEN_NAME,
-    GoldenReport,
-    check_live_path,
-    golden_logits,
-    golden_to_bytes,
-    make_golden,
-)
+from pipeline.golden import GoldenReport, check_live_path, golden_logits
+from pipeline.golden_frames import GOLDEN_NAME, golden_to_bytes, make_golden
 from pipeline.preprocess import normalize, to_network_pixels
 
 __all__ = ["add_golden", "check_bundle"]

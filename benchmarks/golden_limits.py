@@ -19,7 +19,8 @@ import engines
 from engines.openvino import EMULATOR
 from pipeline.artifacts import EngineArtifact, EngineOptions
 from pipeline.bundle import open_bundle
-from pipeline.golden import LOGITS_LIMIT_DB, golden_logits, read_golden
+from pipeline.golden import LOGITS_LIMIT_DB, golden_logits
+from pipeline.golden_frames import read_golden
 from pipeline.metrics import sqnr_db
 
 

@@ -30,7 +30,7 @@ from engines.tensorrt.plan import identify_plan
 from pipeline.artifacts import EngineArtifact, Fingerprint
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.errors import AccuracyGateError, EngineError, UnsupportedError, UsageError
-from pipeline.golden import read_golden
+from pipeline.golden_frames import read_golden
 from pipeline.onnx_files import load_model
 from pipeline.validation_result import ValidationResult
 

@@ -21,7 +21,7 @@ from apps.publishing import BuildRequest
 from pipeline.bundle import Bundle, BundleWriter, open_bundle
 from pipeline.compile import FOLDED_NAME, QUANTIZED_NAME
 from pipeline.errors import IntegrityError
-from pipeline.golden import GOLDEN_NAME, golden_to_bytes, read_golden
+from pipeline.golden_frames import GOLDEN_NAME, golden_to_bytes, read_golden
 from pipeline.metrics import max_abs_error
 from pipeline.preprocess import normalize
 

@@ -20,15 +20,8 @@ from pipeline.artifacts import Frame, PreprocessSpec, TensorSpec
 from pipeline.bundle import Bundle, BundleWriter
 from pipeline.contracts import Outputs
 from pipeline.errors import DataError, EngineError, IntegrityError
-from pipeline.golden import (
-    GOLDEN_NAME,
-    LOGITS_LIMIT_DB,
-    check_live_path,
-    golden_logits,
-    golden_to_bytes,
-    make_golden,
-    read_golden,
-)
+from pipeline.golden import LOGITS_LIMIT_DB, check_live_path, golden_logits
+from pipeline.golden_frames import GOLDEN_NAME, golden_to_bytes, make_golden, read_golden
 from pipeline.preprocess import affine, normalize, to_network_pixels
 
 IMAGENET = PreprocessSpec(
@@ -367,7 +360,7 @@ def test_a_file_of_another_kind_is_refused(
     else:
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("pixels.npy", b"\0" * 100_000)
-        monkeypatch.setattr("pipeline.golden._MAX_UNPACKED_BYTES", 10_000)
+        monkeypatch.setattr("pipeline.golden_frames._MAX_UNPACKED_BYTES", 10_000)
     bundle = write_bundle(tmp_path / "bundle", IMAGENET, content=buffer.getvalue())
     with pytest.raises(IntegrityError, match=r"holds no golden frames: .*; build the bundle again"):
         read_golden(bundle)

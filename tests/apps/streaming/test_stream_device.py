@@ -12,6 +12,9 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
+from apps import power_mode
 from apps.power_mode import read_power_mode
 from apps.streaming.contracts import DeviceReading
 from apps.streaming.device import DeviceReader, read_device
@@ -99,6 +102,26 @@ def test_the_power_mode_where_parts_are_missing(tmp_path: Path) -> None:
     governor = "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"
     assert read_power_mode(tree(tmp_path / "b", {governor: "performance\n"})) == "governor performance"
     assert read_power_mode(tmp_path / "nothing") is None
+
+
+def test_nvpmodel_is_asked_where_its_files_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if Path("/var/lib/nvpmodel/status").exists():
+        pytest.skip("a Jetson: its file is read first")
+    program = tmp_path / "nvpmodel"
+    program.write_text("#!/bin/sh\necho 'NV Power Mode: MODE_15W'; echo 2\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    power_mode._ask_nvpmodel.cache_clear()
+    try:
+        assert read_power_mode() == "MODE_15W"
+        program.write_text("#!/bin/sh\nexit 1\n")
+        assert read_power_mode() == "MODE_15W", "asked once"
+        power_mode._ask_nvpmodel.cache_clear()
+        assert read_power_mode() != "MODE_15W"
+    finally:
+        power_mode._ask_nvpmodel.cache_clear()
 
 
 def test_the_load_and_memory_of_this_process_and_its_children() -> None:
