@@ -45,7 +45,7 @@ _SOURCE, _SOURCES, _DEFAULTS = "source", "sources", "defaults"
 _OF_ONE_SOURCE = ("uri", "name")
 """What no two sources share, so that it cannot be a default."""
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
-_USERINFO = re.compile(r"(?<=://)[^/@\s]*(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^/?#\s]*(?=@)")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _READABLE_BY_OTHERS = 0o004
 

@@ -31,7 +31,7 @@ _REPEAT_WINDOW_S = 60.0
 _MIN_SECRET = 4
 """Shorter ones would blank out words."""
 _HIDDEN = "***"
-_USERINFO = re.compile(r"(?<=://)[^/@\s\"']+(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^/?#\s\"']+(?=@)")  # to the last @: a password may hold one
 _QUERY_SECRET = re.compile(
     r"(?i)\b(password|passwd|pwd|pass|token|secret|key|auth|user|username)=([^&\s\"']+)"
 )

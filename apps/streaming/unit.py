@@ -17,7 +17,7 @@ STATE_DIRECTORY = Path("/var/lib/edgefold")
 _WATCHDOG_S = 30
 _NO_USE_IN_TRYING = (2, 4, 5)
 """Exit codes after which another start ends the same way: usage, unsupported, integrity."""
-_LOCAL_CAMERA = re.compile(r"^(/dev/|v4l2:|csi:|gst:|gstreamer:)")
+_LOCAL_CAMERA = re.compile(r"^(/dev/|csi:|gst:)")
 _CSI = re.compile(r"^csi:|nvarguscamerasrc")
 _PRIVILEGED_PORTS = 1024
 
@@ -146,7 +146,14 @@ def _devices(config: StreamConfig, gpu: bool, csi: bool) -> Iterator[str]:
     groups = ["video"]
     if gpu or csi:
         yield "# NVIDIA's: discrete GPUs, then those of a Jetson."
-        for device in ("char-nvidia*", "/dev/nvmap", "char-nvhost*", "char-nvgpu*", "/dev/nvsciipc"):
+        for device in (
+            "char-nvidia*",
+            "/dev/nvmap",
+            "char-nvhost*",
+            "char-nvgpu*",
+            "/dev/nvsciipc",
+            "/dev/v4l2-nvdec",
+        ):
             yield f"DeviceAllow={device} rw"
         yield "DeviceAllow=char-drm rw"
         groups.append("render")

@@ -139,6 +139,7 @@ def test_what_repeats_is_counted_and_one_kind_does_not_hide_another(monkeypatch:
     [
         ("rtsp://me:secret@host:554/a?b=1", "rtsp://***@host:554/a?b=1"),
         ("mqtt://token@broker", "mqtt://***@broker"),
+        ("rtsp://me:p@ss@host/1", "rtsp://***@host/1"),
         ("rtsp://h/u?user=me&password=pw&channel=1", "rtsp://h/u?user=***&password=***&channel=1"),
         ("GET /?token=abc HTTP/1.1", "GET /?token=*** HTTP/1.1"),
         ("Authorization: Bearer abcdefghijkl", "Authorization: Bearer ***"),
