@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from apps.console import console
+from apps.golden import add_golden
 from apps.publishing import BuildOutcome, BuildRequest, Made, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import BundleWriter
@@ -79,6 +80,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             from calibration.table import table_to_json
 
             writer.add_file("calibration.json", table_to_json(made.table))
+        add_golden(writer, made, work_dir)
         manifest = make_manifest(request, model, made, material.calibration_data, evaluation)
         write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)

@@ -56,7 +56,13 @@ def test_a_users_own_model_becomes_a_judged_bundle(model_py: str, images: Path, 
     outcome = build(request(model_py, images, tmp_path / "bundle"), quiet)
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest == outcome.bundle.manifest
-    assert {"model.onnx", "model.int8.onnx", "calibration.json", "report.html"} == set(bundle.manifest.files)
+    assert set(bundle.manifest.files) == {
+        "model.onnx",
+        "model.int8.onnx",
+        "calibration.json",
+        "golden.npz",
+        "report.html",
+    }
     assert [stage.stage for stage in bundle.manifest.stages] == ["export", "fold", "quantize", "engine"]
     assert bundle.manifest.labels == ("a_red", "b_blue")
     assert bundle.manifest.preprocess_folded
