@@ -81,13 +81,11 @@ class Access:
         if self.by_token and self._is_token(request.query.get("token", "")):
             # No redirect to the address without the token: behind a link from elsewhere a browser counts
             # it as cross-site and holds a strict cookie back. The page takes the token out of the address.
-            response.set_cookie(
-                self._cookie_name,
-                self._cookie_value,
-                max_age=_COOKIE_MAX_AGE_S,
-                httponly=True,
-                samesite="Strict",
-                path="/",
+            # The header itself: at this point aiohttp has written down the response's cookies already.
+            response.headers.add(
+                "Set-Cookie",
+                f"{self._cookie_name}={self._cookie_value}; Max-Age={_COOKIE_MAX_AGE_S}; Path=/; HttpOnly; "
+                "SameSite=Strict",
             )
 
     def _is_token(self, candidate: str) -> bool:

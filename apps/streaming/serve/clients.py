@@ -91,11 +91,14 @@ class Clients:
         """
         if self._counts[kind] >= self._limits[kind]:
             self.n_refused += 1
-            raise web.HTTPServiceUnavailable(
+            refusal = web.HTTPServiceUnavailable(
                 text=f"503: {self._counts[kind]} {kind} clients are connected, the most there may be; close "
                 "one of them and try again\n",
                 headers={"Retry-After": str(_RETRY_S)},
             )
+            # Kept open, a hundred refused clients would take the places of those who ask for /healthz.
+            refusal.force_close()
+            raise refusal
         client = Client(request, response)
         self._counts[kind] += 1
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import socket
 import threading
@@ -23,6 +24,7 @@ from pipeline.errors import EdgefoldError, UnsupportedError, UsageError
 if TYPE_CHECKING:
     from aiohttp import web
 
+    from apps.streaming.serve.clients import Clients
     from apps.streaming.serve.pictures import LatestPictures
 
 __all__ = ["PageServer"]
@@ -88,10 +90,11 @@ class PageServer:
             config.video_fps, self._loop, self._encoders, encode
         )
         """The `PictureHub` for the runtime."""
+        self._clients = clients.Clients(config.max_clients)
         self._application = application.make_application(
             asking.App(view, reload, check, self.events, self._askers),
             self.hub,
-            clients.Clients(config.max_clients),
+            self._clients,
             access.Access(config.token, config.port),
             lambda: time.monotonic() - self._beat_s,
         )
@@ -154,29 +157,45 @@ class PageServer:
         )
         await runner.setup()
         assert runner.server is not None
-        server = await self._loop.create_server(
-            _capped(runner.server, self._max_connections), sock=self._socket, backlog=_BACKLOG
-        )
+        gate = functools.partial(_Gate, runner.server, self._max_connections, self._clients)
+        server = await self._loop.create_server(gate, sock=self._socket, backlog=_BACKLOG)
         self._started.set()
         await self._stopping.wait()
         server.close()
+        # Streams have no end of their own: without this, cleaning up would wait for each of them.
+        for connection in runner.server.connections:
+            connection.force_close()
         await runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
 
-class _Refusal(asyncio.Protocol):
-    """What a connection above the cap gets: descriptors are the cameras' as well."""
+class _Gate(asyncio.Protocol):
+    """Lets a connection in while there are fewer than `limit`: descriptors are the cameras' as well.
+
+    Decided when the connection is made: a burst of them has been accepted before the first is counted.
+    """
+
+    def __init__(self, server: web.Server, limit: int, clients: Clients) -> None:
+        self._server = server
+        self._limit = limit
+        self._clients = clients
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
+        if len(self._server.connections) < self._limit:
+            handler = self._server()
+            transport.set_protocol(handler)
+            handler.connection_made(transport)
+            return
+        self._clients.n_refused += 1
         transport.write(
             b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 10\r\nContent-Length: 0\r\n"
             b"Connection: close\r\n\r\n"
         )
         transport.close()
-
-
-def _capped(server: web.Server, limit: int) -> Callable[[], asyncio.BaseProtocol]:
-    return lambda: server() if len(server.connections) < limit else _Refusal()
 
 
 def _check_limits(config: ServeConfig) -> None:

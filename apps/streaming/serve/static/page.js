@@ -17,7 +17,7 @@ let single = null; // the source shown large
 const integer = new Intl.NumberFormat("en");
 const ms = (value) => (value >= 9999.5 ? `${(value / 1000).toFixed(0)} s` : value >= 999.5 ? `${(value / 1000).toFixed(1)} s` : value >= 9.95 ? `${value.toFixed(0)} ms` : `${value.toFixed(1)} ms`);
 const bare = (value) => (value >= 99.5 ? integer.format(Math.round(value)) : value.toFixed(1));
-const percent = (share) => `${(100 * share).toFixed(share > 0.0995 && share < 0.9995 ? 0 : 1)}%`;
+const percent = (share) => (share > 0.9995 && share < 1 ? ">99.9%" : `${(100 * share).toFixed(share > 0 && share < 0.0995 ? 1 : 0)}%`);
 const bytes = (value) => (value >= 2 ** 30 ? `${(value / 2 ** 30).toFixed(2)} GiB` : `${(value / 2 ** 20).toFixed(0)} MiB`);
 
 function duration(seconds) {
@@ -75,14 +75,15 @@ function showState(badge, source) {
 function trouble(source, now) {
   const { state, reason, last_frame_ns: last, frozen } = source.status;
   if (state === "LIVE") return frozen ? "The picture does not change." : null;
-  const what = { CONNECTING: "Connecting", DEGRADED: "No frames", LOST: "Lost", ENDED: "Ended" }[state];
-  const since = last === null || state === "ENDED" ? "" : `, last frame ${duration((now - last) / 1e9)} ago`;
-  return `${what}${since}${reason ? `: ${reason}` : ""}`;
+  const what = { CONNECTING: "connecting", DEGRADED: "no frames come", LOST: "lost", ENDED: "the source has ended" }[state];
+  const since = state === "ENDED" ? "" : last === null ? "\nno frame yet" : `\nlast frame ${duration((now - last) / 1e9)} ago`;
+  return `${reason ?? what}${since}`;
 }
 
 function showTrouble(element, source, now) {
   const text = trouble(source, now);
   element.hidden = text === null;
+  element.dataset.kind = source.status.frozen && source.status.state === "LIVE" ? "frozen" : "silent";
   set(element, text ?? "");
 }
 
@@ -105,12 +106,13 @@ function showClasses(list, latest) {
 }
 
 function showPresent(element, present) {
-  element.hidden = present.length === 0;
-  if (element.hidden || element.dataset.key === present.join("\n")) return;
+  // Kept where nothing is in view, so that the cards stay in line; left out where nothing looks for events.
+  element.hidden = $("events-panel").hidden;
+  if (element.dataset.key === present.join("\n")) return;
   element.dataset.key = present.join("\n");
   const labels = document.createElement("b");
   labels.textContent = present.join(", ");
-  element.replaceChildren("in view: ", labels);
+  element.replaceChildren(present.length ? "in view: " : "nothing in view", labels);
 }
 
 function drops({ frames_read: read, dropped }) {
@@ -151,6 +153,7 @@ function makeCard(name) {
 
 function showCard(card, source) {
   const { latency, fps } = source.metrics;
+  card.root.dataset.live = source.status.state === "LIVE";
   showState(card.find(".badge"), source);
   showTrouble(card.find(".trouble"), source, view.now_ns);
   showClasses(card.find(".classes"), source.latest);
@@ -296,7 +299,7 @@ function showDevice() {
     ...Object.entries(device.temperatures_c).map(([sensor, value]) => [sensor, `${value.toFixed(1)} °C`]),
     ...Object.entries(device.power_mw).map(([rail, value]) => [rail, `${(value / 1000).toFixed(2)} W`]),
     ...(device.power_mode === null ? [] : [["mode", device.power_mode]]),
-    ...(device.cpu_percent === null ? [] : [["CPU", `${device.cpu_percent.toFixed(0)}%`]]),
+    ...(device.cpu_percent === null ? [] : [["CPU load", `${device.cpu_percent.toFixed(0)}%`]]),
     ...(device.memory_used_bytes === null ? [] : [["memory", bytes(device.memory_used_bytes)]]),
   ];
   $("device-panel").hidden = entries.length === 0;
@@ -355,10 +358,10 @@ $("reload").addEventListener("click", () => command($("reload"), "/reload", () =
 function show(message) {
   view = JSON.parse(message.data);
   lastView = performance.now();
+  showEvents();
   showSources();
   showEngine();
   showDevice();
-  showEvents();
   if (single !== null) {
     if (cards.has(single)) showSingle();
     else $("single").close();
