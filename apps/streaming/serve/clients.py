@@ -20,7 +20,9 @@ __all__ = ["SEND_LIMIT_S", "Client", "Clients", "tune_socket"]
 
 SEND_LIMIT_S = 10.0
 _SEND_BUFFER_BYTES = 128 * 1024
-"""The kernel grows a buffer to megabytes by itself: a slow client would see pictures many seconds old."""
+_UNSENT_BYTES = 16 * 1024
+"""The kernel grows a buffer to megabytes by itself: a slow client would see pictures many seconds old. Of a
+small buffer, what is on its way may fill all, what waits to be sent hardly any."""
 _EVENT_CLIENTS_A_VIDEO = 2
 _RETRY_S = 10
 
@@ -114,10 +116,11 @@ class Clients:
 
 
 def tune_socket(listening: socket.socket) -> None:
-    """Sets what every accepted connection inherits: a small send buffer, and the end of a peer that is
-    gone without a word (a phone out of reach) noticed within half a minute."""
+    """Sets what every accepted connection inherits: little is buffered, and the end of a peer that is gone
+    without a word (a phone out of reach) is noticed within half a minute."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):  # not on every system
-            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    options = {"TCP_NOTSENT_LOWAT": _UNSENT_BYTES, "TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+    for name, value in options.items():
+        if hasattr(socket, name):  # not on every system
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

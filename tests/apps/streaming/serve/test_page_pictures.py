@@ -65,11 +65,10 @@ def connect(page: PageServer, path: str, receive_buffer: int | None = None) -> s
 class Parts:
     """The parts of a multipart answer, one by one, as they come."""
 
-    def __init__(self, page: PageServer, path: str) -> None:
-        address = urlsplit(page.url)
-        self._connection = http.client.HTTPConnection("127.0.0.1", address.port, timeout=10)
-        self._connection.request("GET", path)
-        self.answer = self._connection.getresponse()
+    def __init__(self, page: PageServer, path: str, receive_buffer: int | None = None) -> None:
+        self._connection = connect(page, path, receive_buffer)
+        self.answer = http.client.HTTPResponse(self._connection)
+        self.answer.begin()
         boundary = self.answer.headers.get_boundary()
         assert boundary is not None
         self._delimiter = f"--{boundary}".encode()
@@ -230,7 +229,7 @@ def _figures(text: str) -> dict[str, float]:
 def test_a_slow_client_skips_to_the_newest(serve: Serve) -> None:
     page = serve(video_fps=ALWAYS_DUE_FPS)
     with running(page, "gate") as published:
-        slow = Parts(page, "/video/gate")
+        slow = Parts(page, "/video/gate", receive_buffer=4096)
         slow.next()
         before = published[0]
         time.sleep(1.0)
