@@ -267,6 +267,7 @@ $("single").addEventListener("keydown", (event) => {
   if (event.key === "ArrowRight") turn(1);
 });
 $("single").addEventListener("close", () => {
+  if ($("single").open) return; // opened again before the event came
   const card = cards.get(single);
   single = null;
   watch();
