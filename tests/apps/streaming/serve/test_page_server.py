@@ -127,6 +127,13 @@ def test_events_come_twice_a_second(serve: Serve, app: FakeApp) -> None:
     assert app.n_views >= 3
 
 
+def test_a_stream_has_no_head(serve: Serve, asking: Ask) -> None:
+    page = serve()
+    assert asking(page, "/api/view", "HEAD").status == 200
+    for path in ("/video", "/video/gate", "/api/events"):
+        assert asking(page, path, "HEAD").status == 405
+
+
 def test_a_stream_that_does_not_answer_is_503_and_is_asked_once(
     serve: Serve, asking: Ask, app: FakeApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
