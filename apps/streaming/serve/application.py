@@ -32,6 +32,7 @@ from aiohttp import web
 from apps.streaming.serve.access import Access
 from apps.streaming.serve.asking import App, Seen
 from apps.streaming.serve.clients import Clients
+from apps.streaming.serve.connections import Connections
 from apps.streaming.serve.exposition import PageFigures, exposition
 from apps.streaming.serve.health import Verdict, health, readiness
 from apps.streaming.serve.pictures import JpegPicture, LatestPictures
@@ -208,10 +209,13 @@ def make_application(
     hub: LatestPictures,
     clients: Clients,
     access: Access,
+    connections: Connections,
     heartbeat_age_s: Callable[[], float],
 ) -> web.Application:
     """The web application; `heartbeat_age_s` is the time since the runtime's last sign of life."""
-    application = web.Application(middlewares=[access.middleware], client_max_size=_MAX_BODY_BYTES)
+    application = web.Application(
+        middlewares=[connections.middleware, access.middleware], client_max_size=_MAX_BODY_BYTES
+    )
     application.on_response_prepare.append(access.add_headers)
     pages = _Pages(app, hub, clients, heartbeat_age_s, may_name_bundle=access.by_token)
     application.add_routes(pages.routes())

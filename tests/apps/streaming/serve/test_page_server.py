@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,7 +15,7 @@ import pytest
 from fake_stream import FakeApp, entered
 
 from apps.streaming.config import ServeConfig
-from apps.streaming.serve import PageServer, server
+from apps.streaming.serve import PageServer
 from pipeline.errors import UnsupportedError, UsageError
 
 Serve = Callable[..., PageServer]
@@ -52,14 +54,14 @@ def test_what_cannot_be_served(app: FakeApp, options: dict[str, Any], message: s
 
 def test_without_aiohttp_it_says_what_to_install(app: FakeApp, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("apps.streaming.serve.")]:
-        if name.rpartition(".")[2] in ("access", "application", "asking", "clients"):
+        if name.rpartition(".")[2] in ("access", "application", "asking", "clients", "connections"):
             monkeypatch.delitem(sys.modules, name)
             monkeypatch.delattr(f"apps.streaming.serve.{name.rpartition('.')[2]}", raising=False)
     real_import = builtins.__import__
 
     def without_aiohttp(name: str, *arguments: Any) -> Any:
         if name.partition(".")[0] == "aiohttp":
-            raise ImportError("No module named 'aiohttp'")
+            raise ImportError("No module named 'aiohttp'", name="aiohttp")
         return real_import(name, *arguments)
 
     monkeypatch.setattr(builtins, "__import__", without_aiohttp)
@@ -171,7 +173,7 @@ def test_one_reload_at_a_time(serve: Serve, asking: Ask, app: FakeApp, waiting: 
 
 
 def test_connections_are_capped(serve: Serve, asking: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_SPARE_CONNECTIONS", 4)
+    monkeypatch.setattr("apps.streaming.serve.connections._SPARE", 4)
     page = serve(max_clients=1)
     port = urlsplit(page.url).port
     silent = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(8)]
@@ -186,11 +188,23 @@ def test_connections_are_capped(serve: Serve, asking: Ask, monkeypatch: pytest.M
 
 
 def test_a_connection_that_never_asks_is_closed(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "_IDLE_LIMIT_S", 0.3)
+    monkeypatch.setattr("apps.streaming.serve.connections.SILENCE_LIMIT_S", 0.3)
     port = urlsplit(serve().url).port
     with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
         client.sendall(b"GET / HT")
-        assert client.recv(100) == b""
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(100) == b""
+
+
+def test_a_connection_that_asks_stays(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("apps.streaming.serve.connections.SILENCE_LIMIT_S", 0.3)
+    port = urlsplit(serve().url).port
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as client:
+        for _ in range(2):
+            client.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert client.recv(15) == b"HTTP/1.1 200 OK"
+            time.sleep(0.5)
+            client.recv(65536)
 
 
 def test_the_heartbeat_decides_health(
