@@ -94,3 +94,8 @@ sign over 200 logits."""
 WRONG_EARLY_STOPS = 0.01
 """Share of `SIMULATED_MEASUREMENTS` judgements at the limit itself that are stopped wrongly, on a side. At most 0.05 are
 spent, and 0 to 0.002 measured, since the images seen are part of all; looks that each spent 0.1 would exceed this."""
+
+TIPPED_STEP_ATOL = 2e-3
+"""Means over 64 positions of outputs computed from quantized inputs: a value on the edge between two steps may be rounded
+the other way by another engine. One step of 0.008 times a weight of about 1 is 1.2e-4 of the mean, twice its error of
+about 2 is 5e-4 of the mean square; allow a few."""

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from calibration.correction.bias import correct_biases
 from calibration.correction.channels import trace_channels
 from calibration.correction.equalization import channel_ranges, channel_scales, equalize, tensors_to_equalize
 from calibration.correction.equalization_check import judge_scales
@@ -38,8 +39,8 @@ _JUDGING_IMAGES = 8
 _FEWEST = 8
 _EQUALIZATION_SHARE = 1 / 3
 _BIAS_SHARE = 1 / 3
-"""Of the images. Together with equalization's third, and both the fp32 and the quantized run of the bias
-correction, that is one pass over all of them."""
+"""Of the images, so that both together cost about one pass over all of them: a bias correction by itself runs every
+layer twice, equalization once and on a few images three times."""
 
 
 def take_images(batches: Batches, share: float, at_most: int, multiple_of: int) -> NDArray[np.uint8]:
@@ -174,16 +175,28 @@ class Corrector:
         if not wanted:
             return model, table
         graph, placement = placed_graph(model, self._placement, table.ranges)
-        share = 1.0 if "adaround" in wanted else _BIAS_SHARE
-        images = self._images(graph, share, images_that_fit(graph))
-        found = reconstruct(
-            graph, placement, table.ranges, images, wanted, self._runner_factory, self._folder, self._progress
-        )
-        self._records += found.records
-        self._skipped = found.skipped
+        if wanted - {"bias"}:
+            walked = wanted if "adaround" in wanted else wanted - {"bias"}
+            found = reconstruct(
+                graph,
+                placement,
+                table.ranges,
+                self._images(graph, 1.0, images_that_fit(graph)),
+                walked,
+                self._runner_factory,
+                self._folder,
+                self._progress,
+            )
+            self._records += found.records
+            self._skipped = found.skipped
+            table = dataclasses.replace(table, ranges=found.ranges)
+        if "bias" in wanted and "adaround" not in wanted:
+            images = self._images(graph, _BIAS_SHARE, MAX_IMAGES)
+            self._records += correct_biases(
+                graph, placement, table.ranges, images, self._runner_factory, self._folder
+            )
         path = self._folder / "reconstructed.onnx"
-        corrected = dataclasses.replace(model, path=path, sha256=save_model(graph, path))
-        return corrected, dataclasses.replace(table, ranges=found.ranges)
+        return dataclasses.replace(model, path=path, sha256=save_model(graph, path)), table
 
     def _images(self, graph: ir.Model, share: float, at_most: int) -> NDArray[np.uint8]:
         images = take_images(self._batches, share, at_most, _fixed_batch(graph))

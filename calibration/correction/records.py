@@ -6,12 +6,16 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeline.errors import UsageError
 
 __all__ = [
     "CORRECTIONS",
     "CorrectionRecord",
     "checked_corrections",
+    "judging",
     "parse_corrections",
     "summary",
 ]
@@ -32,6 +36,12 @@ class CorrectionRecord:
     after_db: float
     kept: bool
     """Otherwise it was undone: it made the layer worse."""
+
+
+def judging(n_images: int) -> NDArray[np.bool_]:
+    """Which of the images judge what the others gave: one in five, from three on."""
+    judges: NDArray[np.bool_] = np.arange(n_images) % 5 == 2
+    return judges
 
 
 def checked_corrections(names: Collection[str]) -> frozenset[str]:
