@@ -48,7 +48,7 @@ from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.contracts import Progress, RunnerFactory
 from pipeline.metrics import sqnr_db
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["MAX_SUMS", "Reconstruction", "n_sampled", "reconstruct"]
 
 RIDGES = (3.0, 0.3, 0.03)
 """Tried for every layer: how far a layer may go in making up for the noise of those before it depends on how
@@ -305,9 +305,7 @@ class _Run:
         images: NDArray[np.intp],
         at_most: int = _MAX_SAMPLES,
     ) -> Samples:
-        wanted = max(_MIN_POSITIONS, _POSITIONS_A_SUM * linear.n_sums)
-        if images is self._held:
-            wanted = _HELD_POSITIONS
+        wanted = _HELD_POSITIONS if images is self._held else n_sampled(linear)
         wanted = min(wanted, max(1, at_most // (linear.n_sums * linear.n_groups)))
         return linear.samples(inputs, grid, outputs, images, wanted, self._rng)
 
@@ -324,6 +322,12 @@ class _Run:
 
     def _constant(self, name: str) -> NDArray[np.float32]:
         return _array(self._model.graph.initializers[name])
+
+
+def n_sampled(layer: LinearLayer) -> int:
+    """Positions that a layer is solved on, about."""
+    wanted = max(_MIN_POSITIONS, _POSITIONS_A_SUM * layer.n_sums)
+    return min(wanted, max(1, _MAX_SAMPLES // (layer.n_sums * layer.n_groups)))
 
 
 def _grids_of_one_tensor(placement: Placement) -> dict[str, ActivationPoint]:

@@ -13,9 +13,10 @@ import pytest
 from onnx_text import onnx_model, weight
 from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB
 
-from calibration.correction import CORRECTIONS, parse_corrections
+from calibration.correction import CORRECTIONS, CorrectionRecord, parse_corrections
 from calibration.correction import reconstruction as reconstruction_module
 from calibration.correction.correcting import take_images
+from calibration.correction.records import gains
 from calibration.quantizer import StaticQuantizer, apply_table
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
 from pipeline.errors import IntegrityError, UsageError
@@ -84,8 +85,11 @@ def model(tmp_path):
 
 
 def run(model, out, corrections, placement="cpu", method="minmax"):
+    """The int8 model, its table, and the record of the corrections (of the quantization where there are none)."""
     quantizer = StaticQuantizer(method, placement, runner_factory=fp32_runner, corrections=corrections)
-    return quantizer.quantize(model, batches, DATASET, out, lambda *_: None)
+    quantized, table, record = quantizer.quantize(model, batches, DATASET, out, lambda *_: None)
+    assert quantized.history[-1] == record
+    return quantized, table, quantized.history[-2] if corrections else record
 
 
 def logits(path, step=32):
@@ -109,7 +113,10 @@ def test_the_default_corrections_gain_on_images_not_seen(model, tmp_path):
     corrected, table, record = run(model, tmp_path / "corrected.onnx", PAYING)
     assert quality_db(model, corrected) > quality_db(model, plain) + ADAPTIVE_GAIN_DB
     assert record.inputs == (model.sha256, DATASET)
+    assert record.outputs == corrected.history[-1].inputs[:1]
     assert record.checks["corrections"] == list(PAYING)
+    assert list(record.checks["seconds_of"]) == ["ranges+bias+adaround"]
+    assert record.seconds == pytest.approx(record.checks["seconds_of"]["ranges+bias+adaround"], abs=1e-3)
     assert record.checks["n_correction_images"] == 40
     assert record.checks["not_corrected"] == []
     assert {entry[0] for entry in record.checks["corrected_layers"]} == {"c", "d", "t", "logits"}
@@ -149,8 +156,7 @@ def test_none_at_all_is_plain_rounding(model, tmp_path):
     quantized, table, record = run(model, tmp_path / "int8.onnx", ())
     again, _ = apply_table(model, table, "cpu", tmp_path / "again.onnx")
     assert quantized.sha256 == again.sha256
-    assert record.checks["corrections"] == []
-    assert record.checks["corrected_layers"] == []
+    assert quantized.history == (record,)
 
 
 def test_a_correction_that_does_harm_is_undone(model, tmp_path, monkeypatch):
@@ -218,15 +224,35 @@ def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
     assert db[len(PAYING)] > db[0]
 
 
+def test_what_each_won_is_the_median_of_its_layers():
+    records = [
+        CorrectionRecord("a", "bias", 10.0, 12.0, True),
+        CorrectionRecord("b", "bias", 20.0, 17.0, False),
+        CorrectionRecord("c", "bias", 30.0, 36.0, True),
+        CorrectionRecord("a", "adaround", 12.0, 15.0, True),
+    ]
+    adaround, bias = sorted(gains(records), key=lambda gain: gain["correction"])
+    assert bias == {
+        "correction": "bias",
+        "n_layers": 3,
+        "n_undone": 1,
+        "median_before_db": 20.0,
+        "median_after_db": 20.0,
+    }
+    assert (adaround["n_layers"], adaround["median_after_db"]) == (1, 15.0)
+
+
 def test_an_unknown_correction_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match=r"no correction 'smooth'.*equalize, ranges, bias, adaround"):
         StaticQuantizer(runner_factory=fp32_runner, corrections=("bias", "smooth"))
+    with pytest.raises(UsageError, match="no correction 'auto'"):
+        StaticQuantizer(runner_factory=fp32_runner, corrections=("bias", "auto"))
 
 
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        (None, ()),
+        ("auto", ("auto",)),
         ("none", ()),
         ("bias", ("bias",)),
         ("adaround, equalize", ("equalize", "adaround")),
@@ -236,7 +262,7 @@ def test_names_from_the_command_line(text, names):
     assert parse_corrections(text) == names
 
 
-@pytest.mark.parametrize("text", ["", " , ", "bias,none", "gptq"])
+@pytest.mark.parametrize("text", ["", " , ", "bias,none", "auto,bias", "gptq"])
 def test_what_names_no_correction_is_refused(text):
     with pytest.raises(UsageError, match="equalize, ranges, bias, adaround, or none"):
         parse_corrections(text)
