@@ -3,7 +3,7 @@
 `bias` costs about one fp32 run of the calibration images and is always made. `adaround` solves a dense system for
 every layer: seconds for a network of a few million weights, minutes for Inception-ResNet-v2. It is made where its
 estimated cost stays below `LIMIT_SECONDS`. The estimate counts operations at fixed rates, and does not time this
-machine: the same network and images are corrected alike everywhere, and a bundle can be built again.
+machine: the same network and images get the same corrections everywhere.
 """
 
 from __future__ import annotations
