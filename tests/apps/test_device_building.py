@@ -83,6 +83,9 @@ class TestOnTheHost:
         assert deployment is not None
         assert manifest.engine is None
         assert (deployment.sm, deployment.jetpack, deployment.tensorrt) == (87, "6.2", "10.3")
+        (corrected,) = (stage for stage in manifest.stages if stage.stage == "correct")
+        assert corrected.checks["corrections"] == ["bias", "adaround"]
+        assert corrected.outputs[0] in manifest.stages[-1].inputs, "what int8 was made from"
         names = [candidate.name for candidate in deployment.candidates]
         assert names[0] == "int8"
         assert names[-1] == "fp16"
