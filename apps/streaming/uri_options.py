@@ -55,7 +55,7 @@ _CHOICES = {
     "backend": ("ffmpeg", "gstreamer"),
     "decoder": ("hardware", "software"),
 }
-_CLOCK = re.compile(r"(?:(?:(\d{1,4}):)?([0-5]?\d):)?(\d{1,9}(?:\.\d{0,9})?)")
+_CLOCK = re.compile(r"(?:(?:(\d{1,4}):)?([0-5]?\d):(?=[0-5]?\d(?:\.|$)))?(\d{1,9}(?:\.\d{0,9})?)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,12 +178,12 @@ def _parse_url(uri: str, shown: str) -> SourceUri:
         userinfo, at, host = parts.netloc.rpartition("@")
         if not host.strip("[]") or not parts.hostname or parts.port == 0:
             raise ValueError("no host")
-    except ValueError as error:
-        # Its own message may hold a part of a password that was taken for the port.
+    except ValueError:
+        # Not chained: its message may hold a part of a password that was taken for the port.
         raise UsageError(
             f"{shown} is not SCHEME://[USER:PASSWORD@]HOST[:PORT]/PATH; characters such as / @ : # in a "
             "password are written as %2F %40 %3A %23"
-        ) from error
+        ) from None
     if re.search(r"\s", base):
         raise UsageError(f"{shown} holds a space; write it as %20")
     if "${" in host or "${" in parts.path:

@@ -306,16 +306,17 @@ def test_without_opencv_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.
 
 
 def numbered_film(path: Path, n_frames: int = 40, fps: float = 10.0) -> Path:
-    """Frame N is of brightness 5 N + 20."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (64, 48))
+    """Frame N shows N in binary: six bars of 16 pixels, white for 1, the highest bit at the left."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (96, 48))
     for index in range(n_frames):
-        writer.write(np.full((48, 64, 3), 5 * index + 20, np.uint8))
+        bars = [255 * (index >> bit & 1) for bit in reversed(range(6))]
+        writer.write(np.repeat(np.tile(np.array(bars, np.uint8).repeat(16)[None, :, None], (48, 1, 1)), 3, 2))
     writer.release()
     return path
 
 
 def numbers(frames: list[sources.Delivered]) -> list[int]:
-    return [round((float(frame.pixels.mean()) - 20) / 5) for frame in frames]
+    return [int("".join(str(int(bar > 127)) for bar in frame.pixels[24, 8::16, 0]), 2) for frame in frames]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_a_part_of_a_video_loops(tmp_path: Path) -> None:
 
 def test_a_video_is_decoded_into_the_array_given(tmp_path: Path) -> None:
     source = open_source(parse_source(str(numbered_film(tmp_path / "film.mp4"))), classes("ant"))
-    slot = np.zeros((48, 64, 3), np.uint8)
+    slot = np.zeros((48, 96, 3), np.uint8)
     for index in range(3):
         delivered = source.read(into=slot)
         assert delivered is not None
