@@ -1,61 +1,91 @@
-"""Asks an HTTP server what it would send, before a decoder is let near it."""
+"""Asks an HTTP server for a stream, and tells from the head of its answer what it is."""
 
 from __future__ import annotations
 
 import http.client
 import re
+from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
 from apps.streaming.sources.http_auth import Credentials, authorization
 from apps.streaming.sources.network import credentials_of, lost, not_answered, status_error, tls_context
 from apps.streaming.uris import SourceUri
+from pipeline.errors import SourceLostError
 
-__all__ = ["probe_http"]
+__all__ = ["Exchange", "ask_http"]
 
 _MAX_REDIRECTS = 5
 
 
-def probe_http(uri: SourceUri) -> str:
-    """Sends one GET, reads the head of the answer and hangs up.
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A request that was answered; its body waits to be read."""
 
-    Returns:
-        The content type, without its parameters, in lower case.
+    connection: http.client.HTTPConnection
+    answer: http.client.HTTPResponse
+
+    @property
+    def content_type(self) -> str:
+        """Without parameters, in lower case; empty where the server names none."""
+        return (self.answer.getheader("Content-Type") or "").partition(";")[0].strip().lower()
+
+    @property
+    def boundary(self) -> str | None:
+        """Of a multipart body."""
+        return self.answer.headers.get_boundary()
+
+    def close(self) -> None:
+        """Hangs up; the body need not have an end."""
+        self.answer.close()
+        self.connection.close()
+
+
+def ask_http(uri: SourceUri) -> Exchange:
+    """Sends a GET, with credentials where it is refused without, and follows redirects.
 
     Raises:
         SourceLostError: not reached, refused, not found, or no video.
     """
     address, credentials = uri.address, credentials_of(uri.address)
     for _ in range(_MAX_REDIRECTS + 1):
-        answer, authenticated = _get(uri, address, credentials)
-        location = answer.getheader("Location")
-        if answer.status not in (301, 302, 303, 307, 308) or location is None:
+        exchange, authenticated = _get(uri, address, credentials)
+        location = exchange.answer.getheader("Location")
+        if exchange.answer.status not in (301, 302, 303, 307, 308) or location is None:
             break
+        exchange.close()
         target = urljoin(address, location)
         if urlsplit(target).scheme not in ("http", "https"):
             raise lost(uri, f"redirects to what is not HTTP ({urlsplit(target).scheme})", "seldom")
         if urlsplit(target).hostname != urlsplit(address).hostname:
             credentials = None
         address = target
-    if answer.status not in (200, 206):
-        raise status_error(uri, answer.status, answer.reason, authenticated)
-    content = (answer.getheader("Content-Type") or "").partition(";")[0].strip().lower()
+    error = _defect(uri, exchange, authenticated)
+    if error is not None:
+        exchange.close()
+        raise error
+    return exchange
+
+
+def _defect(uri: SourceUri, exchange: Exchange, authenticated: bool) -> SourceLostError | None:
+    status, content = exchange.answer.status, exchange.content_type
+    if status not in (200, 206):
+        return status_error(uri, status, exchange.answer.reason, authenticated)
     if content.startswith("audio/"):
-        raise lost(uri, f"sends audio only, no video ({content})", "never")
+        return lost(uri, f"sends audio only, no video ({content})", "never")
     if content.startswith("text/html"):
-        raise lost(uri, f"is a page, no video ({content}): give the address of the stream itself", "seldom")
-    return content
+        return lost(uri, f"is a page, no video ({content}): give the address of the stream itself", "seldom")
+    return None
 
 
-def _get(
-    uri: SourceUri, address: str, credentials: Credentials | None
-) -> tuple[http.client.HTTPResponse, bool]:
-    """The last answer, its connection closed, and whether credentials were sent for it."""
+def _get(uri: SourceUri, address: str, credentials: Credentials | None) -> tuple[Exchange, bool]:
+    """The last answer, and whether credentials were sent for it."""
     parts = urlsplit(address)
     target = parts._replace(scheme="", netloc="", fragment="", path=parts.path or "/").geturl()
-    answer = _once(uri, address, target, None)
-    if answer.status != 401 or credentials is None:
-        return answer, False
-    challenges = answer.headers.get_all("WWW-Authenticate") or []
+    exchange = _once(uri, address, target, None)
+    if exchange.answer.status != 401 or credentials is None:
+        return exchange, False
+    exchange.close()
+    challenges = exchange.answer.headers.get_all("WWW-Authenticate") or []
     header = authorization(challenges, credentials, "GET", target)
     if header is None:
         offered = ", ".join(re.findall(r"^\s*(\S+)", "\n".join(challenges), re.MULTILINE))
@@ -63,7 +93,7 @@ def _get(
     return _once(uri, address, target, header), True
 
 
-def _once(uri: SourceUri, address: str, target: str, header: str | None) -> http.client.HTTPResponse:
+def _once(uri: SourceUri, address: str, target: str, header: str | None) -> Exchange:
     parts = urlsplit(address)
     host, timeout_s = parts.hostname or "", uri.options.timeout_s
     connection: http.client.HTTPConnection
@@ -73,19 +103,17 @@ def _once(uri: SourceUri, address: str, target: str, header: str | None) -> http
         )
     else:
         connection = http.client.HTTPConnection(host, parts.port, timeout=timeout_s)
-    headers = {"User-Agent": "edgefold", "Accept": "*/*"}
+    headers = {"User-Agent": "edgefold", "Accept": "*/*", "Connection": "close"}
     if header is not None:
         headers["Authorization"] = header
     try:
         connection.request("GET", target, headers=headers)
-        answer = connection.getresponse()
-        answer.close()  # the body may have no end
-        return answer
+        return Exchange(connection, connection.getresponse())
     except OSError as error:
+        connection.close()
         raise not_answered(uri, f"{host}:{connection.port}", error) from error
     except http.client.HTTPException as error:
+        connection.close()
         raise lost(
             uri, f"does not speak HTTP at {host}:{connection.port} ({type(error).__name__})", "seldom"
         ) from error
-    finally:
-        connection.close()

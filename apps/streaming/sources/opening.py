@@ -2,7 +2,7 @@
 
 Recordings, RTSP and HTTP: GStreamer with NVIDIA's decoder where the installed OpenCV and the machine
 have both (a Jetson), else FFmpeg, else GStreamer in software. CSI cameras and pipelines: GStreamer.
-Network sources are asked what they are before (`probe_rtsp`, `probe_http`).
+MJPEG over HTTP: `MjpegStream`. Network sources are asked what they are first (`probe_rtsp`, `ask_http`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any, Literal
 from apps.streaming import opencv
 from apps.streaming.sources import pipelines
 from apps.streaming.sources.captures import LiveStream, RecordedVideo, V4l2Camera
-from apps.streaming.sources.http import probe_http
+from apps.streaming.sources.http import ask_http
+from apps.streaming.sources.mjpeg import MjpegStream
 from apps.streaming.sources.network import lost
 from apps.streaming.sources.rtsp import probe_rtsp
 from apps.streaming.sources.source import DEFAULT_FPS, ModelClasses, Source
@@ -71,6 +72,11 @@ def open_source(uri: SourceUri, classes: ModelClasses, fps: float | None = None)
         return V4l2Camera(cv2, uri, labels, notes)
     if uri.kind == "csi":
         return LiveStream(cv2, uri, labels, notes, _open_csi(cv2, uri))
+    if uri.kind == "http" and uri.live and uri.options.backend is None:
+        exchange = ask_http(uri)
+        if exchange.content_type == "multipart/x-mixed-replace":
+            return MjpegStream(cv2, uri, labels, notes, exchange)
+        exchange.close()
     if uri.live:
         return LiveStream(cv2, uri, labels, notes, _open(cv2, uri))
     return RecordedVideo(cv2, uri, labels, notes, lambda: _open(cv2, uri))
@@ -82,7 +88,7 @@ def _open(cv2: ModuleType, uri: SourceUri) -> Any:
         return _open_gstreamer(cv2, uri, pipelines.user_pipeline(uri))
     codec = probe_rtsp(uri) if uri.kind == "rtsp" else ""
     if uri.kind == "http":
-        probe_http(uri)
+        ask_http(uri).close()
     decoder = _gstreamer_decoder(cv2, uri)
     if decoder is None:
         return _open_ffmpeg(cv2, uri)

@@ -42,6 +42,11 @@ def opened(uri: str) -> Iterator[Source]:
         source.close()
 
 
+def read_to_the_end(source: Source) -> None:
+    while source.read() is not None:
+        pass
+
+
 @needs_rtsp
 @pytest.mark.parametrize("auth", ["basic", "digest"])
 def test_rtsp_with_a_password_and_without(auth: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +81,7 @@ def test_rtsp_over_udp_and_a_server_that_dies() -> None:
     # The server is gone, and UDP has nobody who would say so.
     started_s = time.monotonic()
     with pytest.raises(SourceLostError, match="sent no picture for 1 s") as caught:
-        while True:
-            source.read()
+        read_to_the_end(source)
     assert caught.value.retry == "soon"
     assert time.monotonic() - started_s < 1 + SLACK_S
     source.close()
@@ -178,7 +182,14 @@ class _Camera(BaseHTTPRequestHandler):
             self.end_headers()
             with contextlib.suppress(OSError):
                 for index in itertools.count():
+                    if "ends" in self.path and index == 3:
+                        return
                     jpeg = JPEGS[(96, 80) if path == "/changing" and index >= 30 else (64, 48)]
+                    if "no-length" in self.path:
+                        self.wfile.write(b"--frame\r\nContent-Type: image/jpeg\r\n\r\n" + jpeg + b"\r\n")
+                        continue
+                    if "broken" in self.path and index % 2:
+                        jpeg = b"no picture"
                     head = f"--frame\r\nContent-Type: image/jpeg\r\nContent-Length: {len(jpeg)}\r\n\r\n"
                     self.wfile.write(head.encode() + jpeg + b"\r\n")
                     time.sleep(0.02)
@@ -210,7 +221,31 @@ def http_port() -> Iterator[int]:
     server.server_close()
 
 
-@pytest.mark.parametrize("path", ["/video", "/moved"])
+def test_parts_that_are_no_pictures_and_an_end(http_port: int) -> None:
+    with opened(f"http://127.0.0.1:{http_port}/video?broken&ends") as source:
+        pictures = [source.read() for _ in range(3)]
+        assert [picture.pixels is None for picture in pictures if picture] == [False, True, False]
+        with pytest.raises(SourceLostError, match="ended") as caught:
+            source.read()
+        assert caught.value.retry == "soon"
+
+
+def test_an_mjpeg_stream_that_goes_silent() -> None:
+    def two_frames(connection: socket.socket) -> None:
+        connection.recv(4096)
+        jpeg = JPEGS[(64, 48)]
+        connection.sendall(
+            b"HTTP/1.0 200 OK\r\nContent-Type: multipart/x-mixed-replace;boundary=--x\r\n\r\n"
+            + 2 * (b"--x\r\nContent-Length: %d\r\n\r\n" % len(jpeg) + jpeg + b"\r\n")
+        )
+
+    with tcp_server(two_frames) as port, opened(f"http://127.0.0.1:{port}/s#timeout=0.5") as source:
+        assert all(source.read().pixels.shape == (48, 64, 3) for _ in range(2))  # type: ignore[union-attr]
+        with pytest.raises(SourceLostError, match=r"did not answer within 0\.5 s"):
+            source.read()
+
+
+@pytest.mark.parametrize("path", ["/video", "/moved", "/video?no-length", "/video#backend=ffmpeg"])
 def test_mjpeg_over_http(http_port: int, path: str) -> None:
     with opened(f"http://127.0.0.1:{http_port}{path}") as source:
         assert source.live
@@ -252,8 +287,24 @@ def test_http_answers(http_port: int, path: str, message: str, retry: str) -> No
 
 def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
     made = subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", "key.pem", "-out", "cert.pem"],
+        [
+            "openssl",
+            "req",
+            "-x509",
+            "-newkey",
+            "rsa:2048",
+            "-nodes",
+            "-days",
+            "2",
+            "-subj",
+            "/CN=127.0.0.1",
+            "-addext",
+            "subjectAltName=IP:127.0.0.1",
+            "-keyout",
+            "key.pem",
+            "-out",
+            "cert.pem",
+        ],
         cwd=tmp_path,
         capture_output=True,
         check=False,

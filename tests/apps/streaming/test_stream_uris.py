@@ -103,7 +103,7 @@ def test_seeking_needs_ffmpeg(tmp_path: Path) -> None:
 
 def test_a_camera_named_by_id_may_be_away_but_must_stay_in_its_folder() -> None:
     assert parse_source("/dev/v4l/by-path/pci-0000:00:14.0-usb").path.name == "pci-0000:00:14.0-usb"
-    with pytest.raises((DataError, UnsupportedError), match="not a video capture device|no such device"):
+    with pytest.raises((DataError, UnsupportedError), match=r"not a video capture device|no such device"):
         parse_source("/dev/v4l/by-id/../../null")
 
 
