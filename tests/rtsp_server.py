@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 __all__ = ["RtspServer", "missing", "rtsp_server"]
@@ -31,10 +32,11 @@ class RtspServer:
 
     port: int
     pid: int
+    scheme: str = "rtsp"
 
     def url(self, path: str = "/video", userinfo: str = "") -> str:
         """Of one of its streams; `userinfo` is ``user:password``, percent-encoded."""
-        return f"rtsp://{userinfo}{'@' if userinfo else ''}127.0.0.1:{self.port}{path}"
+        return f"{self.scheme}://{userinfo}{'@' if userinfo else ''}127.0.0.1:{self.port}{path}"
 
 
 @cache
@@ -65,9 +67,15 @@ def rtsp_server(
     auth: Literal["basic", "digest"] = "digest",
     size_wh: tuple[int, int] = (320, 240),
     fps: int = 25,
+    certificate: Path | None = None,
 ) -> Iterator[RtspServer]:
-    """Starts the server and ends it; with a `password` it asks every client for it."""
+    """Starts the server and ends it.
+
+    With a `password` it asks every client for it; with a `certificate` (PEM, its key in the same file) it
+    speaks TLS, so that its URLs begin with ``rtsps``.
+    """
     arguments = [str(port), user, password or "", auth, str(size_wh[0]), str(size_wh[1]), str(fps)]
+    arguments.append("" if certificate is None else str(certificate))
     process = subprocess.Popen(
         [_SYSTEM_PYTHON, __file__, *arguments],
         stdout=subprocess.PIPE,
@@ -79,7 +87,7 @@ def rtsp_server(
         line = process.stdout.readline()
         if not line.startswith("port "):
             raise RuntimeError(f"the RTSP server did not start: {line!r}")
-        yield RtspServer(int(line.split()[1]), process.pid)
+        yield RtspServer(int(line.split()[1]), process.pid, "rtsp" if certificate is None else "rtsps")
     finally:
         process.kill()
         process.wait(_START_TIMEOUT_S)
@@ -87,14 +95,16 @@ def rtsp_server(
             process.stdout.close()
 
 
-def _serve(port: str, user: str, password: str, auth: str, width: str, height: str, fps: str) -> None:
+def _serve(
+    port: str, user: str, password: str, auth: str, width: str, height: str, fps: str, certificate: str
+) -> None:
     """Runs in the system's Python until it is killed."""
     import gi
 
     gi.require_version("Gst", "1.0")
     gi.require_version("GstRtsp", "1.0")
     gi.require_version("GstRtspServer", "1.0")
-    from gi.repository import GLib, Gst, GstRtsp, GstRtspServer
+    from gi.repository import Gio, GLib, Gst, GstRtsp, GstRtspServer
 
     Gst.init(None)
     server = GstRtspServer.RTSPServer.new()
@@ -108,21 +118,25 @@ def _serve(port: str, user: str, password: str, auth: str, width: str, height: s
     for path, launch in launches.items():
         factory = GstRtspServer.RTSPMediaFactory.new()
         factory.set_launch(launch)
-        if password:
+        if password or certificate:
             permissions = GstRtspServer.RTSPPermissions.new()
             permissions.add_permission_for_role("viewer", "media.factory.access", True)
             permissions.add_permission_for_role("viewer", "media.factory.construct", True)
             factory.set_permissions(permissions)
         server.get_mount_points().add_factory(path, factory)
-    if password:
+    if password or certificate:
         checker = GstRtspServer.RTSPAuth.new()
         token = GstRtspServer.RTSPToken.new()
         token.set_string("media.factory.role", "viewer")
-        if auth == "digest":
+        if not password:
+            checker.set_default_token(token)
+        elif auth == "digest":
             checker.set_supported_methods(GstRtsp.RTSPAuthMethod.DIGEST)
             checker.add_digest(user, password, token)
         else:
             checker.add_basic(GstRtspServer.RTSPAuth.make_basic(user, password), token)
+        if certificate:
+            checker.set_tls_certificate(Gio.TlsCertificate.new_from_file(certificate))
         server.set_auth(checker)
     if server.attach(None) == 0:
         raise SystemExit(f"port {port} cannot be listened on")

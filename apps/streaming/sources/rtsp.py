@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urljoin, urlsplit
 
-from apps.streaming.sources.http_auth import authorization
+from apps.streaming.sources.http_auth import Credentials, authorization
 from apps.streaming.sources.network import connect, credentials_of, lost, not_answered, status_error
 from apps.streaming.uris import SourceUri
 
@@ -51,15 +51,18 @@ def probe_rtsp(uri: SourceUri) -> str:
         SourceLostError: not reached, refused, not found, or without video.
     """
     deadline_s = time.monotonic() + uri.options.timeout_s
-    address = uri.address
+    address, credentials = uri.address, credentials_of(uri.address)
     for _ in range(_MAX_REDIRECTS + 1):
-        answer, authenticated = _describe(uri, address, deadline_s)
+        answer, authenticated = _describe(uri, address, credentials, deadline_s)
         target = answer.all("location")
         if answer.status not in (301, 302, 303, 305) or not target:
             break
-        address = urljoin(address, target[0])
-        if urlsplit(address).scheme not in _PORTS:
-            raise lost(uri, f"redirects to what is not RTSP ({urlsplit(address).scheme})", "seldom")
+        there = urlsplit(urljoin(address, target[0]))
+        if there.scheme not in _PORTS:
+            raise lost(uri, f"redirects to what is not RTSP ({there.scheme})", "seldom")
+        if there.hostname != urlsplit(address).hostname:
+            credentials = None  # meant for another
+        address = there.geturl()
     if answer.status != 200:
         raise status_error(uri, answer.status, answer.reason, authenticated)
     codec = video_codec(answer.body)
@@ -81,12 +84,13 @@ def video_codec(sdp: str) -> str | None:
     return None
 
 
-def _describe(uri: SourceUri, address: str, deadline_s: float) -> tuple[_Answer, bool]:
+def _describe(
+    uri: SourceUri, address: str, credentials: Credentials | None, deadline_s: float
+) -> tuple[_Answer, bool]:
     """The last answer, and whether credentials were sent for it."""
     parts = urlsplit(address)
     host, port = parts.hostname or "", parts.port or _PORTS[parts.scheme]
     bare = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-    credentials = credentials_of(address)
     with connect(uri, host, port, parts.scheme == "rtsps", deadline_s) as connection:
         try:
             answer = _ask(uri, connection, bare, 1, None, deadline_s)

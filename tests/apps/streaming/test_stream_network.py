@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import pickle
+import signal
 import socket
 import ssl
 import subprocess
@@ -87,6 +90,22 @@ def test_rtsp_over_udp_and_a_server_that_dies() -> None:
     source.close()
 
 
+@needs_rtsp
+def test_an_rtsp_stream_that_stalls_with_its_connection_open() -> None:
+    with rtsp_server.rtsp_server() as server, opened(server.url() + "#timeout=1") as source:
+        assert source.read() is not None
+        os.kill(server.pid, signal.SIGSTOP)
+        started_s = time.monotonic()
+        with pytest.raises(SourceLostError, match="sent no picture for 1 s"):
+            read_to_the_end(source)
+        assert time.monotonic() - started_s < 1 + SLACK_S
+
+
+def test_the_error_keeps_its_advice_on_the_way_out_of_a_process() -> None:
+    error = pickle.loads(pickle.dumps(SourceLostError("gone", "never")))
+    assert (str(error), error.retry, error.exit_code) == ("gone", "never", 6)
+
+
 @contextlib.contextmanager
 def tcp_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
     """Calls `answer` with each connection, in a thread; gives the port."""
@@ -96,9 +115,9 @@ def tcp_server(answer: Callable[[socket.socket], None]) -> Iterator[int]:
             with contextlib.suppress(OSError):
                 while True:
                     connection, _ = listener.accept()
+                    kept.append(connection)
                     with contextlib.suppress(OSError):
                         answer(connection)
-                    kept.append(connection)
 
         kept: list[socket.socket] = []
         threading.Thread(target=serve, daemon=True).start()
@@ -285,36 +304,42 @@ def test_http_answers(http_port: int, path: str, message: str, retry: str) -> No
     assert "hunter22" not in str(error)
 
 
-def test_a_certificate_that_nobody_vouches_for(tmp_path: Path) -> None:
-    made = subprocess.run(
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "rsa:2048",
-            "-nodes",
-            "-days",
-            "2",
-            "-subj",
-            "/CN=127.0.0.1",
-            "-addext",
-            "subjectAltName=IP:127.0.0.1",
-            "-keyout",
-            "key.pem",
-            "-out",
-            "cert.pem",
-        ],
-        cwd=tmp_path,
-        capture_output=True,
-        check=False,
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A certificate that its owner made for 127.0.0.1, with its key in the same file."""
+    folder = tmp_path_factory.mktemp("tls")
+    command = (
+        "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=127.0.0.1 "
+        "-addext subjectAltName=IP:127.0.0.1 -keyout key.pem -out cert.pem"
     )
-    if made.returncode:
-        pytest.skip("no openssl command to make a certificate with")
+    try:
+        subprocess.run(command.split(), cwd=folder, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no openssl command that makes a certificate: {error}")
+    both = folder / "both.pem"
+    both.write_bytes((folder / "cert.pem").read_bytes() + (folder / "key.pem").read_bytes())
+    return both
+
+
+@needs_rtsp
+def test_rtsp_over_tls(certificate: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with rtsp_server.rtsp_server(password="s3cret", certificate=certificate) as server:
+        uri = server.url(userinfo="camera:s3cret")
+        error = refused(uri)
+        assert (error.retry, "certificate that is not trusted" in str(error)) == ("seldom", True)
+        with opened(f"{uri}#tls=unverified") as source:
+            assert source.read() is not None
+        # An authority that this machine trusts: FFmpeg is made to check it too.
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.parent / "cert.pem"))
+        with opened(uri) as source:
+            assert source.read() is not None
+
+
+def test_a_certificate_that_nobody_vouches_for(certificate: Path) -> None:
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Camera)
     server.daemon_threads = True
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    context.load_cert_chain(certificate)
     server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
