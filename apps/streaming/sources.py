@@ -20,6 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from apps.streaming import opencv
 from pipeline.artifacts import Sample
 from pipeline.datasets import open_dataset
@@ -49,6 +52,25 @@ class SourceUri:
     seed: int = 0
     count: int | None = None
     """Of a synthetic source; ``None``: without end."""
+
+    @property
+    def shown(self) -> str:
+        """Names the source in output."""
+        return self.text
+
+    @property
+    def live(self) -> bool:
+        """Whether frames pass whether or not they are read."""
+        return self.kind == "v4l2" or (self.kind == "synthetic" and self.count is None)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether reading it runs code that can hang or crash (decoders, drivers): in a process of its own."""
+        return self.kind not in ("synthetic", "images")
+
+    def redact(self, text: str) -> str:
+        """`text` without this source's credentials; these kinds have none."""
+        return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +116,11 @@ class Source(Protocol):
     notes: list[str]
     """What the user should know about how the source was read."""
 
-    def read(self) -> Delivered | None:
-        """The next frame, or ``None`` at the end. May block as long as the device does."""
+    def read(self, into: NDArray[np.uint8] | None = None) -> Delivered | None:
+        """The next frame, or ``None`` at the end. May block as long as the device does.
+
+        Where the frame has the shape of `into`, it may be written there, and `into` is its pixels.
+        """
         ...
 
     def close(self) -> None:
@@ -226,7 +251,7 @@ class _SyntheticSource:
         self.labels = classes.named(CLASS_NAMES, self.notes)
         self._truth = _TruthMap(CLASS_NAMES, self.labels, uri.text, self.notes)
 
-    def read(self) -> Delivered | None:
+    def read(self, into: NDArray[np.uint8] | None = None) -> Delivered | None:
         if self._index == self._count:
             return None
         image, label = self._camera.frame(self._index)
@@ -257,7 +282,7 @@ class _ImageSource:
         self._samples: Iterator[Sample] = iter(self._dataset)
         self._skips_seen = len(self._dataset.skipped)
 
-    def read(self) -> Delivered | None:
+    def read(self, into: NDArray[np.uint8] | None = None) -> Delivered | None:
         sample = next(self._samples, None)
         if self._skips_seen < len(self._dataset.skipped):
             # Every image that could not be decoded is a frame this source failed to deliver.
@@ -311,8 +336,8 @@ class _VideoSource:
         self._promised = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
         self._read = 0
 
-    def read(self) -> Delivered | None:
-        ok, pixels = self._capture.read()
+    def read(self, into: NDArray[np.uint8] | None = None) -> Delivered | None:
+        ok, pixels = self._capture.read(into)
         if not ok:
             # Containers may miscount by a frame or two; a file that was cut off misses many.
             if self._read < self._promised - max(2, self._promised // 100):
@@ -346,8 +371,8 @@ class _CameraSource:
         rate = float(self._capture.get(cv2.CAP_PROP_FPS))
         self.fps = rate if 0 < rate <= _MAX_FPS else DEFAULT_FPS
 
-    def read(self) -> Delivered | None:
-        ok, pixels = self._capture.read()
+    def read(self, into: NDArray[np.uint8] | None = None) -> Delivered | None:
+        ok, pixels = self._capture.read(into)
         return Delivered(pixels if ok else None)
 
     def close(self) -> None:
