@@ -28,7 +28,7 @@ class ScriptedSource:
     fps = FPS
 
     def __init__(self, uri: SourceUri, classes: ModelClasses) -> None:
-        self.source_id = uri.text
+        self.source_id = uri.shown
         self.live = uri.live
         self.labels = classes.named(None, [])
         self.notes: list[str] = []

@@ -57,4 +57,6 @@ def open_feed(
             buffers,
         )
     task = CaptureTask(opener, uri, classes, source.fps, policy, buffers, skip=0)
-    return ProcessFeed(task, name, uri.live, limits, metrics)
+    # One that loops has no place to come back to: it begins again.
+    resumes = not uri.live and not uri.options.loop
+    return ProcessFeed(task, name, uri.live, limits, metrics, resumes=resumes)

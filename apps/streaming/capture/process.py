@@ -44,9 +44,13 @@ class CaptureProcess:
     """One run of a capture process. Used by one thread, but for `release`.
 
     It must be started by a thread that outlives it: the kernel kills it with that thread.
+
+    Args:
+        task: what it is to do.
+        wake_fd: a descriptor that ends `wait` when it can be read.
     """
 
-    def __init__(self, task: CaptureTask) -> None:
+    def __init__(self, task: CaptureTask, wake_fd: int) -> None:
         self._task = task
         self._ring: RingReader | None = None
         self._generation = 0
@@ -78,11 +82,13 @@ class CaptureProcess:
             on_error.pop_all()
         assert self._process.stdout is not None
         self._output = self._process.stdout
-        os.set_blocking(self._output.fileno(), False)
+        self._output_fd = self._output.fileno()
+        os.set_blocking(self._output_fd, False)
         self._socket: socket.socket | None = ours
         self._poll = select.poll()
         self._poll.register(ours, select.POLLIN)
         self._poll.register(self._output, select.POLLIN)
+        self._poll.register(wake_fd, select.POLLIN)
 
     @property
     def pid(self) -> int:
@@ -100,14 +106,10 @@ class CaptureProcess:
         with self._lock:
             return self._held >= self._task.n_slots
 
-    def wait(self, seconds: float, wake_fd: int) -> None:
-        """Waits until it says something, or `wake_fd` can be read, or the time is over."""
-        self._poll.register(wake_fd, select.POLLIN)
-        try:
-            self._poll.poll(1e3 * seconds)
-        finally:
-            self._poll.unregister(wake_fd)
-        self._read_log()
+    def wait(self, seconds: float) -> None:
+        """Waits until it says something, or the descriptor can be read, or the time is over."""
+        if any(fd == self._output_fd for fd, _ in self._poll.poll(1e3 * seconds)):
+            self._read_log()
 
     def receive(self) -> Iterator[tuple[Message, NDArray[np.uint8] | None]]:
         """What it said since the last time, frames with their pixels (read-only, in shared memory).
@@ -150,7 +152,9 @@ class CaptureProcess:
         except BlockingIOError:
             return None, fds
         except ConnectionResetError:
-            return b"", fds
+            # It ended without having taken all that was sent to it. The kernel says so once, and
+            # before what it said itself, which still waits.
+            return CaptureProcess._receive_one(connection)
         for level, kind, data in ancillary:
             if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
                 fds.frombytes(data[: len(data) - len(data) % fds.itemsize])

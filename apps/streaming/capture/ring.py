@@ -12,6 +12,7 @@ reader would die of SIGBUS. The reader maps it read-only, so nobody draws into a
 from __future__ import annotations
 
 import fcntl
+import math
 import mmap
 import os
 
@@ -106,7 +107,7 @@ class RingReader:
         Raises:
             ValueError: there is no such slot, or a frame of `shape` does not fit into it.
         """
-        n_bytes = int(np.prod(shape, dtype=np.int64))
+        n_bytes = math.prod(shape)
         if not 0 <= slot < self._n_slots or not 0 < n_bytes <= self._slot_bytes:
             raise ValueError(
                 f"a frame of {n_bytes} bytes in slot {slot} of {self._n_slots} slots of {self._slot_bytes} bytes"

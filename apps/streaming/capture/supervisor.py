@@ -3,8 +3,8 @@
 The thread starts the process, takes its messages, and is its parent as the kernel sees it. It is the
 only one that changes how the source is; the runtime takes frames and gives them back meanwhile.
 
-What a capture that ended had said is received to the last message, and the memory lives on in the
-frames, so no frame that was counted as read is lost with it. A recording goes on behind the last
+A frame counts as read when its message is taken, and its memory lives on without the process, so none
+that was counted is lost with a capture that is killed. A recording goes on behind the last
 frame it delivered.
 """
 
@@ -39,7 +39,6 @@ from apps.streaming.capture.waiting import WaitingFrames
 from apps.streaming.config import CaptureLimits
 from apps.streaming.contracts import CapturedFrame, SourceStatus
 from apps.streaming.metrics import StreamMetrics
-from pipeline import errors
 from pipeline.artifacts import Frame
 from pipeline.errors import (
     DataError,
@@ -57,6 +56,9 @@ _MAX_TICK_S = 0.25
 _JOIN_S = 1.9
 _SAME_PLACE = 3
 """A recording whose capture dies so often without one more frame is itself at fault."""
+_ERRORS: dict[str, type[EdgefoldError]] = {
+    kind.__name__: kind for kind in (UsageError, DataError, UnsupportedError, DeviceFaultError)
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +76,7 @@ class ProcessFeed:
         live: whether it is tried again when it ends.
         limits: when it is in trouble, and how often it is tried again.
         metrics: counts what was read and dropped.
+        resumes: whether a new capture passes over the frames that were delivered before.
         rng: draws the jitter of the waits.
     """
 
@@ -84,6 +87,8 @@ class ProcessFeed:
         live: bool,
         limits: CaptureLimits,
         metrics: StreamMetrics,
+        *,
+        resumes: bool,
         rng: random.Random | None = None,
     ) -> None:
         self.source_id = source_id
@@ -93,6 +98,7 @@ class ProcessFeed:
         self.notes: list[str] = []
         self._task = task
         self._limits = limits
+        self._resumes = resumes
         self._metrics = metrics
         self._waiting = WaitingFrames(task.policy, metrics)
         self._restarts = RestartPolicy(limits, rng)
@@ -192,7 +198,8 @@ class ProcessFeed:
         with self._lock:
             self._health.started(time.monotonic_ns(), again)
         try:
-            process = CaptureProcess(dataclasses.replace(self._task, skip=0 if self.live else self._index))
+            task = dataclasses.replace(self._task, skip=self._index if self._resumes else 0)
+            process = CaptureProcess(task, self._wake_fd)
         except OSError as error:
             return self._lost(f"its capture process cannot be started: {error}")
         self._process = process
@@ -216,8 +223,10 @@ class ProcessFeed:
         """Takes what the process says; ``None`` where it died without a word, or is to be closed."""
         tick_s = min(_MAX_TICK_S, self._limits.degraded_s / 4, self._limits.stall_s / 4)
         while not self._closing:
-            process.wait(tick_s, self._wake_fd)
+            process.wait(tick_s)
             for message, pixels in process.receive():
+                if self._closing:
+                    return None
                 if isinstance(message, Failed):
                     return self._failed(message)
                 if isinstance(message, Ended):
@@ -287,12 +296,7 @@ class ProcessFeed:
         if message.error == SourceLostError.__name__:
             retry: Retry = message.retry or "soon"
             return _Failure(SourceLostError(text, retry), retry)
-        kind = (
-            getattr(errors, message.error, EdgefoldError)
-            if message.error in errors.__all__
-            else EdgefoldError
-        )
-        error: EdgefoldError = kind(text) if kind is not errors.PassError else EdgefoldError(text)
+        error = _ERRORS.get(message.error, EdgefoldError)(text)
         if isinstance(error, (UsageError, DataError, UnsupportedError)):
             return _Failure(error, "seldom" if self.live else "never")
         return _Failure(error, "soon")

@@ -86,7 +86,7 @@ def scripted(tmp_path: Path) -> Iterator[Callable[..., Harness]]:
     ) -> Harness:
         path = tmp_path / f"{name}{len(made)}.json"
         path.write_text(json.dumps(scripts))
-        uri = SourceUri("v4l2" if live else "video", str(path), path)
+        uri = SourceUri("v4l2" if live else "video", str(path), str(path), path=path)
         metrics = StreamMetrics()
         feed = open_feed(
             SourceConfig(str(path), name=f"{name}{len(made)}", policy=policy),
