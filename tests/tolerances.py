@@ -94,3 +94,6 @@ sign over 200 logits."""
 WRONG_EARLY_STOPS = 0.01
 """Share of `SIMULATED_MEASUREMENTS` judgements at the limit itself that are stopped wrongly, on a side. At most 0.05 are
 spent, and 0 to 0.002 measured, since the images seen are part of all; looks that each spent 0.1 would exceed this."""
+
+FAIR_SHARE_RTOL = 0.1
+"""How far a source's share of the engine may be from an equal one: the camera app's promise."""
