@@ -102,13 +102,12 @@ def build_command(
     precision: Annotated[_Precision, typer.Option(help="Of the engine.")] = _Precision.int8,
     calibrator: Annotated[_Calibrator, typer.Option(help="How ranges are chosen.")] = _Calibrator.percentile,
     corrections: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What is done against the loss, for more time: equalize, ranges, bias, adaround, with commas between. "
-            "ranges,bias,adaround paid on every network measured.",
-            show_default=False,
+            help="What is done against the loss: auto (bias, and adaround where its estimate stays below a minute), "
+            "none, or equalize, ranges, bias, adaround, with commas between."
         ),
-    ] = None,
+    ] = "auto",
     calib_limit: Annotated[int, typer.Option(min=1, help="At most this many images of --calib.")] = 128,
     eval_limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many images of --eval.", show_default=False)

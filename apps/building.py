@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from apps.console import console
+from apps.golden import add_golden
 from apps.publishing import BuildOutcome, BuildRequest, Made, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import BundleWriter
@@ -79,6 +80,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             from calibration.table import table_to_json
 
             writer.add_file("calibration.json", table_to_json(made.table))
+        add_golden(writer, made, work_dir)
         manifest = make_manifest(request, model, made, material.calibration_data, evaluation)
         write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)
@@ -92,7 +94,7 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     backend = get_backend(request.engine or _CPU_ENGINE)
     calibration, data = None, material.calibration_data
     if data is not None:
-        quantizer, passes = open_quantizer(request, material.model, data, placement="cpu")
+        quantizer, passes = open_quantizer(material, data, placement="cpu")
         calibration = Calibration(quantizer, passes, data.sha256)
     compiled = compile_model(
         material.model,
@@ -155,13 +157,7 @@ def _check(request: BuildRequest) -> Preflight:
         raise UsageError(
             f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
         )
-    if parse_corrections(request.corrections) and request.meet_budget:
-        raise UsageError("--meet-budget searches among layers without corrections; leave --corrections out")
-    if request.corrections is not None and checked.target.family != "cpu":
-        raise UsageError(
-            f"--corrections is for CPU targets: the candidates for {checked.target.name} share their weights with "
-            "half precision and are not corrected; leave it out"
-        )
+    parse_corrections(request.corrections)
     if request.precision == "int8" and request.calib is None:
         raise UsageError(
             "int8 needs images to calibrate on: give --calib DATA (about 128 images like those of the camera), "
@@ -250,9 +246,7 @@ def _open_calibration(request: BuildRequest) -> Dataset | None:
     return dataset
 
 
-def open_quantizer(
-    request: BuildRequest, model: ResolvedModel, dataset: Dataset, placement: str
-) -> tuple[StaticQuantizer, Batches]:
+def open_quantizer(material: Material, dataset: Dataset, placement: str) -> tuple[StaticQuantizer, Batches]:
     """The quantizer that the request names, and the passes over its images."""
     from apps.cache import cache_dir
     from calibration.correction import parse_corrections
@@ -261,14 +255,15 @@ def open_quantizer(
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
-        request.calibrator,
+        material.request.calibrator,
         placement,
         runner_factory=fp32_runner,
         cache_dir=cache_dir("calibration"),
-        corrections=parse_corrections(request.corrections),
+        corrections=parse_corrections(material.request.corrections),
+        work_dir=material.work_dir,
     )
     passes = batches(
-        dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
+        dataset, material.model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
     )
     return quantizer, passes
 

@@ -33,6 +33,7 @@ from pipeline.onnx_files import load_model
 
 if TYPE_CHECKING:
     from calibration.candidates import Candidate
+    from calibration.quantizer import Corrected
     from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
@@ -59,7 +60,8 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         input_color=INPUT_COLOR,
         progress=progress,
     )
-    candidates, table = _candidates(material, prepared.folded, progress)
+    candidates, corrected = _candidates(material, prepared.folded, progress)
+    table = None if corrected is None else corrected.table
     records, validation = _judge_all(material, prepared.folded, candidates, progress)
     offers = [
         Offer(record, candidate.model)
@@ -76,8 +78,8 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         candidates=tuple(records),
         notes=preflight.notes,
     )
-    if material.request.dla and table is not None:
-        _write_dla_files(material, prepared.folded, table, preflight)
+    if material.request.dla and corrected is not None:
+        _write_dla_files(material, corrected.original, corrected.table, preflight)
     made = Made(offers[0].model, table, validation, None, deployment)
     try:
         builder = find_builder(target.sm)
@@ -93,7 +95,10 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
 def _write_dla_files(
     material: Material, folded: ModelArtifact, table: CalibrationTable, preflight: Preflight
 ) -> None:
-    """A graph without Q/DQ, the calibration cache for it, and what of it a DLA would not run."""
+    """A graph without Q/DQ, the calibration cache for it, and what of it a DLA would not run.
+
+    The weights are those before the corrections: TensorRT rounds them for a DLA, on grids of its own.
+    """
     from calibration.tensorrt_form import TensorRTForms
     from engines.tensorrt.calibration_cache import cache_to_text, make_cache
     from engines.tensorrt.dla import report_dla
@@ -111,19 +116,24 @@ def _write_dla_files(
 
 def _candidates(
     material: Material, folded: ModelArtifact, progress: Progress
-) -> tuple[Sequence[Candidate], CalibrationTable | None]:
+) -> tuple[Sequence[Candidate], Corrected | None]:
     from calibration.candidates import float_candidate, tensorrt_candidates
-    from calibration.table import derive_table
 
     data = material.calibration_data
     precision = material.request.precision
     if data is None:
         assert precision != "int8", "a build without calibration images is refused before"
         return (float_candidate(folded, material.bundle_dir, precision),), None
-    quantizer, batches = open_quantizer(material.request, material.model, data, placement="tensorrt")
-    statistics, _ = quantizer.statistics(folded, batches, data.sha256, progress)
-    table = derive_table(statistics, material.request.calibrator)
-    return tensorrt_candidates(folded, table, material.bundle_dir, statistics=statistics), table
+    quantizer, batches = open_quantizer(material, data, placement="tensorrt")
+    made = quantizer.correct(folded, batches, data.sha256, progress)
+    candidates = tensorrt_candidates(
+        made.original,
+        made.table,
+        material.bundle_dir,
+        statistics=made.statistics,
+        corrected=made.model,
+    )
+    return candidates, made
 
 
 def _judge_all(

@@ -111,6 +111,7 @@ def measure_sensitivity(
     *,
     placement: str = "cpu",
     n_images: int = N_IMAGES,
+    corrected: ModelArtifact | None = None,
 ) -> tuple[LayerSensitivity, ...]:
     """One pass over some of the calibration images.
 
@@ -123,6 +124,8 @@ def measure_sensitivity(
         progress: told of every image.
         placement: the engine family, a key of `calibration.placement.PLACEMENTS`.
         n_images: images to look at.
+        corrected: `model` with the weights and biases that its layers have in int8
+            (`calibration.quantizer.Corrected.model`); ``None``: they have its own.
 
     Returns:
         Every quantized layer, the most harmful to the logits first; equals by their own noise.
@@ -140,7 +143,9 @@ def measure_sensitivity(
     op_types = {name_of(node.outputs[0]): node.op_type for node in graph.graph}
     fixed = model.inputs[0].shape[0]
     rows = fixed if isinstance(fixed, int) else _ROWS_A_RUN
-    switched_graph(graph, placed, table.ranges, rows)
+    source = None if corrected is None or corrected.sha256 == model.sha256 else load_model(corrected.path)
+    switched_graph(graph, placed, table.ranges, rows, source)
+    del source
     with tempfile.TemporaryDirectory(prefix="edgefold-sensitivity-") as folder:
         path = Path(folder) / "switched.onnx"
         save_model(graph, path)
@@ -183,7 +188,11 @@ def _versions(
 
 
 def switched_graph(
-    model: ir.Model, placement: Placement, ranges: Mapping[str, TensorRange], rows: int
+    model: ir.Model,
+    placement: Placement,
+    ranges: Mapping[str, TensorRange],
+    rows: int,
+    corrected: ir.Model | None = None,
 ) -> None:
     """Give every layer of `placement` a switch for its noise, in place.
 
@@ -193,7 +202,7 @@ def switched_graph(
 
     Result, with ``s`` a column of the new input, float32 ``[rows, layers]``::
 
-        d = Conv(DQ(Q(x[0:1])), W_int8 as float, b) - y[0:1]
+        d = Conv(DQ(Q(x[0:1])), W_int8 as float, b_int8) - y[0:1]
         y = Conv(x, W, b) + s d
 
     The noise is that of the first row, so that it is the same in every version: give that row no
@@ -204,16 +213,23 @@ def switched_graph(
         placement: whose grids are used.
         ranges: of every tensor in ``placement.observed``.
         rows: the batch size the graph is made for.
+        corrected: the same graph with the constants that quantized layers have; ``None``: they have `model`'s.
     """
     fix_batch(model, rows)
-    _Switches(model.graph, placement, ranges, rows).run()
+    constants = (corrected or model).graph.initializers
+    _Switches(model.graph, placement, ranges, rows, constants).run()
 
 
 class _Switches:
     def __init__(
-        self, graph: ir.Graph, placement: Placement, ranges: Mapping[str, TensorRange], rows: int
+        self,
+        graph: ir.Graph,
+        placement: Placement,
+        ranges: Mapping[str, TensorRange],
+        rows: int,
+        constants: Mapping[str, ir.Value],
     ) -> None:
-        self._graph, self._placement, self._rows = graph, placement, rows
+        self._graph, self._placement, self._rows, self._constants = graph, placement, rows, constants
         self._values = {name_of(v): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
         self._grids = {
             point.tensor: activation_params(point, placement, ranges)
@@ -236,9 +252,7 @@ class _Switches:
         exact = self._values[point.consumer.node]
         node = exact.producer()
         assert node is not None, "a weight point's consumer is a node"
-        weight = self._graph.initializers[point.weight].const_value
-        assert weight is not None, "a weight point names a constant"
-        array = weight.numpy()
+        array = self._stored(point.weight)
         params = weight_params(array, point, self._placement)
         in_int8 = self._constant(
             f"edgefold_weight_{column}", dequantize(quantize(array, params), params).astype(np.float32)
@@ -246,7 +260,13 @@ class _Switches:
         data = self._rounded_input(point.input)
         readers, is_output = list(exact.uses()), exact.is_graph_output()
         clean = self._first_row(exact)
-        quantized = ir.Node("", node.op_type, [data, in_int8, *node.inputs[2:]], node.attributes.values())
+        biases = [
+            bias
+            if bias is None or bias.const_value is None
+            else self._constant(f"edgefold_bias_{column}", self._stored(bias.name or ""))
+            for bias in node.inputs[2:]
+        ]
+        quantized = ir.Node("", node.op_type, [data, in_int8, *biases], node.attributes.values())
         rank = len(exact.shape or ())
         index = self._constant(f"edgefold_column_{column}", np.array([column], np.int64))
         shape = self._constant(f"edgefold_switch_shape_{rank}", np.array([-1] + [1] * (rank - 1), np.int64))
@@ -261,6 +281,13 @@ class _Switches:
         self._values[point.consumer.node] = total.outputs[0]
         if is_output:
             self._take_over_output(exact, total.outputs[0])
+
+    def _stored(self, name: str) -> NDArray[np.float32]:
+        """A constant as the layer in int8 has it."""
+        constant = self._constants[name].const_value
+        assert constant is not None, "the weight and bias of a quantized layer are constants"
+        array: NDArray[np.float32] = constant.numpy()
+        return array
 
     def _take_over_output(self, exact: ir.Value, total: ir.Value) -> None:
         name = exact.name

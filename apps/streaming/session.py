@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from apps.streaming.config import CaptureLimits, EventConfig, SourceConfig, StreamConfig
+from apps.streaming.config_check import check_config
 from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, StreamView
 from apps.streaming.display import ShownSource, StreamDisplay
 from apps.streaming.engine_slot import EngineSlot
@@ -378,6 +379,7 @@ def _capture_feed() -> FeedOpener:
 
 
 def _check(config: StreamConfig) -> None:
+    """What the command line may get wrong by the name of its option, then everything else."""
     if not config.sources:
         raise UsageError("there is nothing to stream; give --source")
     for option, count in (("--max-frames", config.max_frames), ("--streams", config.streams)):
@@ -388,6 +390,7 @@ def _check(config: StreamConfig) -> None:
     for option, value in (("--max-seconds", config.max_seconds), ("--max-age", config.max_age_ms)):
         if value is not None and not value > 0:
             raise UsageError(f"{option} {value:g} leaves nothing to do; give more than 0")
+    check_config(config)
 
 
 @contextmanager

@@ -109,6 +109,8 @@ class Recorder:
         self._last: NDArray[np.uint8] | None = None
         self._next_free_check_s = 0.0
         self.n_written = 0
+        self.complete = False
+        """Whether the video is whole and has its name; set by `close`."""
         self._check_space()
 
     def write(self, frame: Frame, prediction: Prediction, picture: NDArray[np.uint8] | None) -> None:
@@ -141,7 +143,10 @@ class Recorder:
         self._writer = None
         try:
             self._check_whole()
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())  # a power cut after this leaves a video, or nothing, of that name
             self._partial.replace(self._path)
+            self.complete = True
         except OSError as error:
             raise EdgefoldError(f"the recording {self._path} could not be kept: {error.strerror}") from error
         finally:

@@ -14,7 +14,7 @@ from tinted import FACTORY, write_tinted_images
 
 from apps.building import build
 from apps.cli import main
-from apps.publishing import BuildRequest
+from apps.publishing import BuildRequest, print_build
 from pipeline.bundle import open_bundle
 from pipeline.errors import AccuracyGateError, DataError, EdgefoldError, UnsupportedError, UsageError
 
@@ -56,8 +56,15 @@ def test_a_users_own_model_becomes_a_judged_bundle(model_py: str, images: Path, 
     outcome = build(request(model_py, images, tmp_path / "bundle"), quiet)
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest == outcome.bundle.manifest
-    assert {"model.onnx", "model.int8.onnx", "calibration.json", "report.html"} == set(bundle.manifest.files)
-    assert [stage.stage for stage in bundle.manifest.stages] == ["export", "fold", "quantize", "engine"]
+    assert set(bundle.manifest.files) == {
+        "model.onnx",
+        "model.int8.onnx",
+        "calibration.json",
+        "golden.npz",
+        "report.html",
+    }
+    stages = [stage.stage for stage in bundle.manifest.stages]
+    assert stages == ["export", "fold", "correct", "quantize", "engine"]
     assert bundle.manifest.labels == ("a_red", "b_blue")
     assert bundle.manifest.preprocess_folded
     assert bundle.manifest.accuracy is not None
@@ -97,6 +104,25 @@ def test_each_stage_takes_what_the_one_before_made(model_py: str, images: Path, 
         assert set(before.outputs) & set(after.inputs), f"{after.stage} does not start from {before.stage}"
 
 
+def test_what_was_corrected_is_printed_with_its_cost_and_can_be_switched_off(
+    model_py: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = build(request(model_py, images, tmp_path / "bundle", eval_data=None), quiet)
+    print_build(outcome)
+    printed = " ".join(capsys.readouterr().err.split())
+    (checks,) = (s.checks for s in outcome.bundle.manifest.stages if s.stage == "correct")
+    assert checks["corrections"] == ["bias", "adaround"]
+    assert f"bias+adaround {checks['seconds_of']['bias+adaround']:.1f} s, made from 20 images" in printed
+    assert [gain["correction"] for gain in checks["gains"]] == ["bias", "adaround"]
+    assert "bias: the median of 2 layers from " in printed
+    assert "equalize left out: does not pay on every network measured" in printed
+    assert json.loads(outcome.to_json())["corrections"]["corrections"] == ["bias", "adaround"]
+    plain = build(request(model_py, images, tmp_path / "plain", eval_data=None, corrections="none"), quiet)
+    assert "correct" not in {stage.stage for stage in plain.bundle.manifest.stages}
+    print_build(plain)
+    assert "corrections" not in capsys.readouterr().err
+
+
 def test_fp32_needs_no_calibration(model_py: str, images: Path, tmp_path: Path) -> None:
     plain = request(model_py, images, tmp_path / "bundle", precision="fp32", calib=None)
     manifest = build(plain, quiet).bundle.manifest
@@ -133,7 +159,6 @@ def test_bad_requests_are_refused_before_any_work(model_py: str, images: Path, t
         ({"calib": None}, UsageError, "--calib"),
         ({"target": "jetson-orin-nx", "jetpack": "7.1"}, UnsupportedError, "sm_87"),
         ({"target": "jetson-orin-nx", "engine": "openvino"}, UsageError, "TensorRT plan"),
-        ({"target": "jetson-orin-nx", "corrections": "bias"}, UsageError, "CPU targets"),
         ({"corrections": "bias,smooth"}, UsageError, "no correction 'smooth'"),
         ({"target": "jetson-xavier-nx"}, UnsupportedError, "JetPack"),
         ({"target": "jetson-orin-nx", "dla": True, "precision": "fp16"}, UsageError, "--dla"),

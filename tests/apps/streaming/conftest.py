@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
 import time
-import types
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from apps.streaming.config import CaptureLimits, SourceConfig
-from apps.streaming.contracts import CapturedFrame, DeviceReading, SourceState, SourceStatus
+from apps.streaming.contracts import CapturedFrame, SourceState, SourceStatus
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.frames import as_image, defect
 from apps.streaming.loading import LoadedEngine
@@ -366,36 +363,3 @@ def feeds_of() -> Callable[..., list[RuntimeFeed]]:
 @pytest.fixture(scope="session")
 def slot_around() -> Callable[..., EngineSlot]:
     return lambda *arguments, **options: EngineSlot(fake_engine(*arguments, **options))
-
-
-@pytest.fixture(autouse=True)
-def colleagues(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands in for packages that other branches bring; does nothing where they are."""
-    parts: dict[str, dict[str, Any]] = {
-        "pipeline.golden": {
-            "check_live_path": lambda bundle, prepare, runner, file=None: type(
-                "Report", (), {"summary": lambda self: "not verified: no golden frames"}
-            )()
-        },
-        "apps.streaming.logs": {
-            "StateLog": type("StateLog", (), {"update": lambda self, statuses: None}),
-        },
-        "apps.streaming.device": {"read_device": DeviceReading},
-        "apps.streaming.service": {"Notifier": _Notifier},
-    }
-    for name, content in parts.items():
-        if importlib.util.find_spec(name) is None:
-            module = types.ModuleType(name)
-            module.__dict__.update(content)
-            monkeypatch.setitem(sys.modules, name, module)
-
-
-class _Notifier:
-    def __enter__(self) -> _Notifier:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *arguments: None

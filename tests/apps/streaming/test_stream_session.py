@@ -318,8 +318,17 @@ def test_several_sources_in_batches_are_each_right(
 
 def test_two_sources_of_one_name_are_refused(bundle: Path, folder: Path, open_feed: Any) -> None:
     twice = (SourceConfig(str(folder)), SourceConfig(str(folder)))
-    with pytest.raises(UsageError, match="two sources are called"):
+    with pytest.raises(UsageError, match="the same URI already"):
         session.run_stream(StreamConfig(bundle, twice, headless=True), open_feed=open_feed)
+
+    def nameless(source: SourceConfig, *arguments: Any) -> Any:
+        feed = open_feed(source, *arguments)
+        feed.source_id = "rtsp://***@pole"  # two that differ in what is not shown
+        return feed
+
+    config = StreamConfig(bundle, sources("synthetic:1:2", "synthetic:2:2"), headless=True)
+    with pytest.raises(UsageError, match=r"two sources are called rtsp://\*\*\*@pole"):
+        session.run_stream(config, open_feed=nameless)
 
 
 def test_a_graph_with_a_fixed_batch_takes_no_larger_one(
