@@ -36,6 +36,7 @@ from harness import machine_stamp, write_results
 from mjpeg_camera import MjpegCamera
 
 SAMPLE_S = 5.0
+EDGEFOLD = (sys.executable, "-c", "from apps.cli import main; main()")
 EXIT_LIMIT_S = 5.0
 _CONFIG = """
 bundle = "{bundle}"
@@ -133,7 +134,7 @@ class Soak:
                 "seconds": time.monotonic(),
                 "rss_mb": int(values["VmRSS"]) / 1024,
                 "anonymous_mb": int(values["RssAnon"]) / 1024,
-                "descriptors": len(os.listdir(f"/proc/{self.process.pid}/fd")),
+                "descriptors": len(list(Path(f"/proc/{self.process.pid}/fd").iterdir())),
                 "threads": int(values["Threads"]),
                 "children": len(self.children()),
                 "frames": self.metric("edgefold_frames_inferred_total"),
@@ -293,7 +294,7 @@ def running(bundle: Path) -> Iterator[Soak]:
                 bundle=folder / "current", folder=folder, port=port, one=cameras[0].url, two=cameras[1].url
             )
         )
-        command = [sys.executable, "-m", "apps.cli", "stream", "--config", str(config)]
+        command = [*EDGEFOLD, "stream", "--config", str(config)]
         with (folder / "log.jsonl").open("wb") as log:
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log)
         app = Soak(folder, bundle, port, cameras, process)
@@ -361,7 +362,7 @@ def _write_clip(path: Path) -> None:
 
 def build_bundle(folder: Path) -> Path:
     """The road signs' network, as `make demo` builds it."""
-    command = [sys.executable, "-m", "apps.cli", "build", "inception_resnet_lite.signs"]
+    command = [*EDGEFOLD, "build", "inception_resnet_lite.signs"]
     command += ["--calib", "synthetic:1:64", "--out", str(folder / "signs")]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return folder / "signs"
