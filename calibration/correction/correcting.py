@@ -213,7 +213,8 @@ class Corrector:
         graph, placement = placed_graph(model, self._placement, table.ranges)
         before, ranges = graph.clone(), table.ranges
         images = np.empty((0, 1, 1, 3), np.uint8)
-        if AUTO in wanted:
+        unasked = AUTO in wanted
+        if unasked:
             n_images = min(table.n_samples, images_that_fit(graph))
             choice = choose_corrections(graph, placement, n_images)
             self._corrections, self._left_out = choice.corrections, choice.left_out
@@ -246,8 +247,23 @@ class Corrector:
         began = time.perf_counter()
         self._judge_logits(placement, (before, ranges), (graph, table.ranges), images)
         self._seconds["judging"] = time.perf_counter() - began
+        if unasked and self._made_worse():
+            self._take_back()
+            return model, dataclasses.replace(table, ranges=ranges)
         path = self._folder / "corrected.onnx"
         return dataclasses.replace(model, path=path, sha256=save_model(graph, path)), table
+
+    def _made_worse(self) -> bool:
+        """Layers better at their own outputs can be worse together; nobody asked for that."""
+        before, after = self._logits_db or (None, None)
+        return after is not None and (before is None or after < before)
+
+    def _take_back(self) -> None:
+        before, after = ("exact" if db is None else f"{db:.1f} dB" for db in self._logits_db or ())
+        reason = f"took the logits from {before} to {after} and was undone; try another --calibrator"
+        self._left_out += tuple((name, reason) for name in CORRECTIONS if name in self._corrections)
+        self._corrections = frozenset()
+        self._records = tuple(dataclasses.replace(record, kept=False) for record in self._records)
 
     def _judge_logits(
         self,

@@ -15,7 +15,7 @@ from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB, LOGITS_OF_GRIDS_D
 
 from calibration.correction import AUTO, CORRECTIONS, CorrectionRecord, parse_corrections
 from calibration.correction import reconstruction as reconstruction_module
-from calibration.correction.correcting import take_images
+from calibration.correction.correcting import Corrector, take_images
 from calibration.correction.records import gains, judging
 from calibration.quantizer import StaticQuantizer, apply_table
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
@@ -223,6 +223,23 @@ def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
         got = session.run(None, {"image": images(32, seed=2)})[0]
         db[len(corrections)] = sqnr_db(expected - expected.mean(axis=0), got - expected.mean(axis=0))
     assert db[len(WALKED)] > db[0]
+
+
+def test_what_nobody_asked_for_is_undone_where_the_logits_are_worse(model, tmp_path, monkeypatch):
+    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+
+    def judged(self, *_):
+        self._logits_db = [30.9, 30.4]
+
+    monkeypatch.setattr(Corrector, "_judge_logits", judged)
+    undone, _, record = run(model, tmp_path / "undone.onnx", (AUTO,))
+    assert undone.sha256 == plain.sha256
+    assert record.checks["corrections"] == []
+    assert record.outputs == (model.sha256,)
+    assert {entry[4] for entry in record.checks["corrected_layers"]} == {"undone"}
+    assert dict(record.checks["left_out"])["bias"].startswith("took the logits from 30.9 dB to 30.4 dB")
+    _, _, kept = run(model, tmp_path / "kept.onnx", ("bias",))
+    assert kept.checks["corrections"] == ["bias"], "asked for"
 
 
 @pytest.mark.parametrize("placement", ["cpu", "tensorrt"])
