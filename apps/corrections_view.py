@@ -21,6 +21,9 @@ def print_corrections(manifest: Manifest, console: Console) -> None:
     console.print(
         f"corrections: {spent or 'none'}, made from {checks['n_correction_images']} images", markup=False
     )
+    if checks["logits_db"] is not None:
+        before, after = (_db(value) for value in checks["logits_db"])
+        console.print(f"  logits: from {before} to {after}, on images apart", markup=False)
     for gain in checks["gains"]:
         console.print(
             f"  {gain['correction']}: the median of {gain['n_layers']} layers from {_db(gain['median_before_db'])} to "

@@ -336,17 +336,16 @@ def print_summary(summary: StreamSummary) -> None:
 
 def _sources_table(summary: StreamSummary) -> Table:
     table = Table(title="Sources", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("source", overflow="fold")
-    table.add_column("state")
-    for heading in ("FPS", "read", "inferred", "dropped", "age p50 ms", "age p99 ms", "restarts", "top-1 %"):
-        table.add_column(heading, justify="right")
+    table.add_column("source", overflow="ellipsis", min_width=14, no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for heading in ("FPS", "inferred", "dropped", "age p50", "p99 ms", "restarts", "top-1 %"):
+        table.add_column(heading, justify="right", min_width=4)
     for one in summary.sources:
         age = one.latency["age"]
         table.add_row(
             escape(one.source),
             one.state,
             f"{one.fps:.1f}",
-            str(one.frames_read),
             str(one.frames_inferred),
             str(sum(one.dropped.values())),
             *(f"{value:.1f}" if age.count else "–" for value in (age.p50_ms, age.p99_ms)),

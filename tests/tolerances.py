@@ -43,6 +43,10 @@ ADAPTIVE_GAIN_DB = 1.0
 EQUALIZATION_GAIN_DB = 1.0
 """The same for equalization alone, of a network whose channels differ by a factor of ten."""
 
+LOGITS_OF_GRIDS_DB = 1.0
+"""SQNR of eight images' logits from weights on their grids in float32, against the int8 graph in another engine, with its
+int32 biases and, for TensorRT, half precision: a value on the edge between two steps may be rounded the other way."""
+
 SIMULATED_MEASUREMENTS = 1000
 """Draws of a simulated validation; the share of them is then known to ±0.013 (one standard deviation)."""
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from apps.streaming.config import EventConfig, RecordConfig
 from apps.streaming.contracts import Event, EventOutput, PictureHub
+from apps.streaming.metrics import MetricsSnapshot
 from apps.streaming.overlay import OverlayPainter
 from apps.streaming.predictions import Prediction
 from apps.streaming.runtime import Answer
@@ -95,14 +96,14 @@ class SourceOutput:
             self._track(answer, self._events)
         if self._record is not None:
             self._open_recording(self._record)
-        watched = self._hub is not None and self._hub.wanted(frame.source_id)
         picture = None
-        if watched or any(sink.needs_picture for sink in self._sinks):
-            picture = self._draw(answer)
+        if any(sink.needs_picture for sink in self._sinks):
+            picture = self._draw(answer, self._source.metrics.snapshot())
         for sink in self._sinks:
             sink.write(frame, prediction, picture)
-        if self._hub is not None and watched and picture is not None:
-            self._hub.publish(frame.source_id, picture)
+        if self._hub is not None and self._hub.wanted(frame.source_id):
+            # The page has the figures beside the picture.
+            self._hub.publish(frame.source_id, self._draw(answer, None))
 
     def tick(self) -> None:
         """Looks at the clock: what is in view of a source that fell silent leaves."""
@@ -154,12 +155,8 @@ class SourceOutput:
         self._owned.append(sink)
         self._record = None
 
-    def _draw(self, answer: Answer) -> NDArray[np.uint8]:
+    def _draw(self, answer: Answer, metrics: MetricsSnapshot | None) -> NDArray[np.uint8]:
         if self._painter is None:
             self._painter = OverlayPainter()
-        return self._painter.draw(
-            answer.frame.image,
-            answer.frame.pixel_format,
-            answer.prediction,
-            self._source.metrics.snapshot(),
-        )
+        frame = answer.frame
+        return self._painter.draw(frame.image, frame.pixel_format, answer.prediction, metrics)

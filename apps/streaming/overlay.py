@@ -54,14 +54,15 @@ class OverlayPainter:
         image: NDArray[np.uint8],
         pixel_format: PixelFormat,
         prediction: Prediction,
-        metrics: MetricsSnapshot,
+        metrics: MetricsSnapshot | None,
     ) -> NDArray[np.uint8]:
-        """A new picture: uint8 (H, W, 3) BGR, even sides (codecs want them)."""
+        """A new picture: uint8 (H, W, 3) BGR, even sides (codecs want them); the classes alone without `metrics`."""
         canvas = self._canvas(to_bgr(image, pixel_format))
         height, width = canvas.shape[:2]
         unit = max(14, round(height / 30))
         self._draw_classes(canvas, prediction, unit)
-        self._draw_metrics(canvas, metrics, unit, compact=width < 22 * unit)
+        if metrics is not None:
+            self._draw_metrics(canvas, metrics, unit, compact=width < 22 * unit)
         return canvas
 
     def _canvas(self, bgr: NDArray[np.uint8]) -> NDArray[np.uint8]:

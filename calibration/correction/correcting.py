@@ -20,8 +20,18 @@ from calibration.correction.equalization import channel_ranges, channel_scales, 
 from calibration.correction.equalization_check import judge_scales
 from calibration.correction.layerwise import bytes_per_image
 from calibration.correction.reconstruction import reconstruct
-from calibration.correction.records import AUTO, CORRECTIONS, CorrectionRecord, gains, summary
+from calibration.correction.records import (
+    AUTO,
+    CORRECTIONS,
+    CorrectionRecord,
+    gains,
+    judging,
+    rounded_db,
+    summary,
+)
 from calibration.placement import PLACEMENTS, Placement, tensorrt
+from calibration.qdq import insert_qdq, weight_params
+from calibration.qparams import dequantize, quantize
 from calibration.tensorrt_form import choose_remainder
 from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorRange
 from pipeline.contracts import Batches, Progress, RunnerFactory
@@ -39,6 +49,8 @@ MAX_IMAGES = 1024
 _SAME_MODEL_DB = 60.0
 """An equalized model differs from the original by float32 rounding, 100 dB down, unless a clip was reached."""
 _JUDGING_IMAGES = 4
+_LOGITS_IMAGES = 8
+"""For what the corrections come to at the logits: those that judged the layers, which none was made from."""
 _FEWEST = 8
 _EQUALIZATION_SHARE = 1 / 4
 _BIAS_SHARE = 1 / 6
@@ -110,6 +122,7 @@ class Corrector:
         self._skipped: tuple[tuple[str, str], ...] = ()
         self._left_out: tuple[tuple[str, str], ...] = ()
         self._seconds: dict[str, float] = {}
+        self._logits_db: list[float | None] | None = None
         self._n_images = 0
 
     @property
@@ -123,6 +136,7 @@ class Corrector:
             "corrections": [name for name in CORRECTIONS if name in self._corrections],
             "left_out": [list(item) for item in self._left_out],
             "seconds_of": {names: round(seconds, 3) for names, seconds in self._seconds.items()},
+            "logits_db": self._logits_db,
             "gains": gains(self._records),
             "corrected_layers": summary(self._records),
             "not_corrected": [list(item) for item in self._skipped],
@@ -197,7 +211,10 @@ class Corrector:
         if not wanted:
             return model, table
         graph, placement = placed_graph(model, self._placement, table.ranges)
-        if AUTO in wanted:
+        before, ranges = graph.clone(), table.ranges
+        images = np.empty((0, 1, 1, 3), np.uint8)
+        unasked = AUTO in wanted
+        if unasked:
             n_images = min(table.n_samples, images_that_fit(graph))
             choice = choose_corrections(graph, placement, n_images)
             self._corrections, self._left_out = choice.corrections, choice.left_out
@@ -205,11 +222,12 @@ class Corrector:
         if wanted - {"bias"}:
             walked = wanted if "adaround" in wanted else wanted - {"bias"}
             began = time.perf_counter()
+            images = self._images(graph, 1.0, images_that_fit(graph))
             found = reconstruct(
                 graph,
                 placement,
                 table.ranges,
-                self._images(graph, 1.0, images_that_fit(graph)),
+                images,
                 walked,
                 self._runner_factory,
                 self._folder,
@@ -226,8 +244,44 @@ class Corrector:
                 graph, placement, table.ranges, images, self._runner_factory, self._folder
             )
             self._seconds["bias"] = time.perf_counter() - began
+        began = time.perf_counter()
+        self._judge_logits(placement, (before, ranges), (graph, table.ranges), images)
+        self._seconds["judging"] = time.perf_counter() - began
+        if unasked and self._made_worse():
+            self._take_back()
+            return model, dataclasses.replace(table, ranges=ranges)
         path = self._folder / "corrected.onnx"
         return dataclasses.replace(model, path=path, sha256=save_model(graph, path)), table
+
+    def _made_worse(self) -> bool:
+        """Layers better at their own outputs can be worse together; nobody asked for that."""
+        before, after = self._logits_db or (None, None)
+        return after is not None and (before is None or after < before)
+
+    def _take_back(self) -> None:
+        before, after = ("exact" if db is None else f"{db:.1f} dB" for db in self._logits_db or ())
+        reason = f"took the logits from {before} to {after} and was undone; try another --calibrator"
+        self._left_out += tuple((name, reason) for name in CORRECTIONS if name in self._corrections)
+        self._corrections = frozenset()
+        self._records = tuple(dataclasses.replace(record, kept=False) for record in self._records)
+
+    def _judge_logits(
+        self,
+        placement: Placement,
+        before: tuple[ir.Model, Mapping[str, TensorRange]],
+        after: tuple[ir.Model, Mapping[str, TensorRange]],
+        images: NDArray[np.uint8],
+    ) -> None:
+        """SQNR of the logits with weights rounded to nearest, and with the corrected ones."""
+        judges = images[judging(len(images))][:_LOGITS_IMAGES]
+        judges = judges[: len(judges) // _fixed_batch(before[0]) * _fixed_batch(before[0])]
+        if not len(judges):
+            return
+        exact = self._logits(before[0], judges)
+        self._logits_db = [
+            rounded_db(sqnr_db(exact, self._logits(_on_grids(graph, placement, ranges), judges)))
+            for graph, ranges in (before, after)
+        ]
 
     def _images(self, graph: ir.Model, share: float, at_most: int) -> NDArray[np.uint8]:
         images = take_images(self._batches, share, at_most, _fixed_batch(graph))
@@ -261,6 +315,19 @@ def placed_graph(
     center_pixels(graph)
     ShapeInferencePass(data_prop=True)(graph)
     return graph, tensorrt.place(graph, remainder=choose_remainder(graph, ranges)[0])
+
+
+def _on_grids(model: ir.Model, placement: Placement, ranges: Mapping[str, TensorRange]) -> ir.Model:
+    """`model` as its int8 form computes, with float weights that lie on their grids: no engine then lowers it."""
+    rounded = model.clone()
+    for point in placement.weights:
+        value = rounded.graph.initializers[point.weight]
+        assert value.const_value is not None, "a weight point names a constant"
+        array = value.const_value.numpy()
+        params = weight_params(array, point, placement)
+        value.const_value = ir.tensor(dequantize(quantize(array, params), params), name=value.name)
+    insert_qdq(rounded, dataclasses.replace(placement, weights=()), ranges)
+    return rounded
 
 
 def _joined(names: frozenset[str]) -> str:

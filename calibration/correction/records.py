@@ -20,6 +20,7 @@ __all__ = [
     "gains",
     "judging",
     "parse_corrections",
+    "rounded_db",
     "summary",
 ]
 
@@ -87,8 +88,8 @@ def summary(records: Sequence[CorrectionRecord]) -> list[list[Any]]:
         [
             record.layer,
             record.correction,
-            _rounded(record.before_db),
-            _rounded(record.after_db),
+            rounded_db(record.before_db),
+            rounded_db(record.after_db),
             "kept" if record.kept else "undone",
         ]
         for record in records
@@ -112,13 +113,13 @@ def gains(records: Sequence[CorrectionRecord]) -> list[dict[str, Any]]:
                 "correction": name,
                 "n_layers": len(of_it),
                 "n_undone": sum(not record.kept for record in of_it),
-                "median_before_db": _rounded(float(np.median(before))),
-                "median_after_db": _rounded(float(np.median(after))),
+                "median_before_db": rounded_db(float(np.median(before))),
+                "median_after_db": rounded_db(float(np.median(after))),
             }
         )
     return found
 
 
-def _rounded(decibels: float) -> float | None:
+def rounded_db(decibels: float) -> float | None:
     """For JSON, which knows no infinity."""
     return round(decibels, 2) if math.isfinite(decibels) else None

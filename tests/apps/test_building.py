@@ -112,7 +112,9 @@ def test_what_was_corrected_is_printed_with_its_cost_and_can_be_switched_off(
     printed = " ".join(capsys.readouterr().err.split())
     (checks,) = (s.checks for s in outcome.bundle.manifest.stages if s.stage == "correct")
     assert checks["corrections"] == ["bias", "adaround"]
-    assert f"bias+adaround {checks['seconds_of']['bias+adaround']:.1f} s, made from 20 images" in printed
+    assert f"bias+adaround {checks['seconds_of']['bias+adaround']:.1f} s, " in printed
+    assert ", made from 20 images" in printed
+    assert " logits: from " in printed
     assert [gain["correction"] for gain in checks["gains"]] == ["bias", "adaround"]
     assert "bias: the median of 2 layers from " in printed
     assert "equalize left out: does not pay on every network measured" in printed

@@ -19,7 +19,6 @@ import pytest
 
 from apps.cli import main
 
-pytest.importorskip("apps.streaming.capture", reason="another branch's")
 
 EDGEFOLD = [sys.executable, "-c", "from apps.cli import main; main()", "stream"]
 

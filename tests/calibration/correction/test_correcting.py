@@ -11,12 +11,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_text import onnx_model, weight
-from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB
+from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB, LOGITS_OF_GRIDS_DB
 
 from calibration.correction import AUTO, CORRECTIONS, CorrectionRecord, parse_corrections
 from calibration.correction import reconstruction as reconstruction_module
-from calibration.correction.correcting import take_images
-from calibration.correction.records import gains
+from calibration.correction.correcting import Corrector, take_images
+from calibration.correction.records import gains, judging
 from calibration.quantizer import StaticQuantizer, apply_table
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
 from pipeline.errors import IntegrityError, UsageError
@@ -116,8 +116,8 @@ def test_the_default_corrections_gain_on_images_not_seen(model, tmp_path):
     assert record.outputs == corrected.history[-1].inputs[:1]
     assert record.checks["corrections"] == ["bias", "adaround"]
     assert [name for name, _ in record.checks["left_out"]] == ["equalize", "ranges"]
-    assert list(record.checks["seconds_of"]) == ["bias+adaround"]
-    assert record.seconds == pytest.approx(record.checks["seconds_of"]["bias+adaround"], abs=1e-3)
+    assert list(record.checks["seconds_of"]) == ["bias+adaround", "judging"]
+    assert record.seconds == pytest.approx(sum(record.checks["seconds_of"].values()), abs=2e-3)
     assert record.checks["n_correction_images"] == 40
     assert record.checks["not_corrected"] == []
     assert {entry[0] for entry in record.checks["corrected_layers"]} == {"c", "d", "t", "logits"}
@@ -223,6 +223,40 @@ def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
         got = session.run(None, {"image": images(32, seed=2)})[0]
         db[len(corrections)] = sqnr_db(expected - expected.mean(axis=0), got - expected.mean(axis=0))
     assert db[len(WALKED)] > db[0]
+
+
+def test_what_nobody_asked_for_is_undone_where_the_logits_are_worse(model, tmp_path, monkeypatch):
+    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+
+    def judged(self, *_):
+        self._logits_db = [30.9, 30.4]
+
+    monkeypatch.setattr(Corrector, "_judge_logits", judged)
+    undone, _, record = run(model, tmp_path / "undone.onnx", (AUTO,))
+    assert undone.sha256 == plain.sha256
+    assert record.checks["corrections"] == []
+    assert record.outputs == (model.sha256,)
+    assert {entry[4] for entry in record.checks["corrected_layers"]} == {"undone"}
+    assert dict(record.checks["left_out"])["bias"].startswith("took the logits from 30.9 dB to 30.4 dB")
+    _, _, kept = run(model, tmp_path / "kept.onnx", ("bias",))
+    assert kept.checks["corrections"] == ["bias"], "asked for"
+
+
+@pytest.mark.parametrize("placement", ["cpu", "tensorrt"])
+def test_what_they_come_to_at_the_logits_is_what_the_int8_graphs_show(model, tmp_path, placement):
+    ort = pytest.importorskip("onnxruntime")
+    pixels = np.concatenate(list(batches()))
+    pixels = pixels[judging(len(pixels))][:8]
+    with fp32_runner(model.path, ()) as runner:
+        expected = np.array(runner.infer({"image": pixels})["logits"])
+    shown = []
+    for name, corrections in (("plain", ()), ("corrected", (AUTO,))):
+        out = tmp_path / f"{name}.onnx"
+        _, _, record = run(model, out, corrections, placement)
+        session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        shown.append(sqnr_db(expected, session.run(None, {"image": pixels})[0]))
+    assert record.checks["logits_db"] == pytest.approx(shown, abs=LOGITS_OF_GRIDS_DB)
+    assert shown[1] > shown[0]
 
 
 def test_what_each_won_is_the_median_of_its_layers():
