@@ -403,9 +403,7 @@ class StreamRuntime:
             taken.drop(_UNPREPARED)
             return False
         taken.prepared_ns = time.monotonic_ns()
-        metrics = taken.source.metrics
-        metrics.record("capture", taken.captured.capture_s)
-        metrics.record("preprocess", (taken.prepared_ns - started_ns) / 1e9)
+        taken.source.metrics.record("preprocess", (taken.prepared_ns - started_ns) / 1e9)
         if not self._keep_images:
             taken.release()
         return True
