@@ -5,6 +5,8 @@ or starts to count after a warm-up, and divides the difference, so that start-up
 every comparison.
 
     python benchmarks/stream_parts.py stream BUNDLE SHORT LONG [-- OPTIONS OF EDGEFOLD STREAM]
+    python benchmarks/stream_parts.py once BUNDLE [-- OPTIONS OF EDGEFOLD STREAM]
+    python benchmarks/stream_parts.py many BUNDLE SOURCES SECONDS [--batch N]
     python benchmarks/stream_parts.py decode FILM FRAMES
     python benchmarks/stream_parts.py engine BUNDLE FRAMES [--batch N] [--mode M] [--precision P]
 """
@@ -16,6 +18,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -112,6 +115,68 @@ def stream_worker(given: argparse.Namespace) -> dict[str, Any]:
     return {**marginal(short, long), "age": latency["age"], "infer": latency["infer"]}
 
 
+def once_worker(given: argparse.Namespace) -> dict[str, Any]:
+    """`edgefold stream` once, as its summary has it."""
+    summary = run_stream(given.bundle, given.options)["summary"]
+    latency = summary["latency"]
+    return {
+        "age": latency["age"],
+        "infer": latency["infer"],
+        "fps": summary["fps"],
+        "frames_read": summary["frames_read"],
+        "frames_inferred": summary["frames_inferred"],
+        "dropped": summary["dropped"],
+    }
+
+
+def many_worker(given: argparse.Namespace) -> dict[str, Any]:
+    """Synthetic cameras on frames rendered beforehand, counted after all of them have come up.
+
+    The session of `edgefold stream` in this process: its sources are threads, so all CPU time is its own.
+    """
+    from apps.cache import cache_dir
+    from apps.streaming.config import SourceConfig, StreamConfig
+    from apps.streaming.session import StreamSession
+
+    sources = tuple(
+        SourceConfig(f"synthetic:{seed}:16#loop", policy="newest") for seed in range(given.sources)
+    )
+    config = StreamConfig(
+        given.bundle, sources, max_batch=given.batch, max_seconds=given.seconds + 4.0, headless=True
+    )
+    session = StreamSession(config, cache_dir=cache_dir("engines"))
+    marks: list[tuple[float, float, list[int]]] = []
+
+    def mark() -> None:
+        counts = [source.metrics.frames_inferred for source in session.view().sources]
+        marks.append((time.process_time(), time.monotonic(), counts))
+
+    def watch() -> None:
+        while not hasattr(session, "_runtime") or not all(
+            source.metrics.frames_inferred for source in session.view().sources
+        ):
+            time.sleep(0.1)
+        mark()
+        time.sleep(given.seconds)
+        mark()
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    summary = session.run()
+    if len(marks) < 2:
+        raise SystemExit("the sources took too long to come up; give more --seconds")
+    (cpu_from, from_s, first), (cpu_to, to_s, last) = marks
+    served = [after - before for before, after in zip(first, last, strict=True)]
+    return {
+        "cpu_ms": 1e3 * (cpu_to - cpu_from) / sum(served),
+        "wall_ms": 1e3 * (to_s - from_s) / sum(served),
+        "served": served,
+        "worst_from_fair_share": max(abs(count * len(served) / sum(served) - 1) for count in served),
+        "mean_batch": summary.mean_batch,
+        "dropped": summary.dropped,
+    }
+
+
 def decode_worker(given: argparse.Namespace) -> dict[str, float]:
     """Reading the film with OpenCV, into one array."""
     import cv2
@@ -187,6 +252,16 @@ def main() -> None:
     stream.add_argument("short", type=int)
     stream.add_argument("long", type=int)
     stream.add_argument("options", nargs="*", help="behind --")
+    once = workers.add_parser("once")
+    once.set_defaults(run=once_worker)
+    once.add_argument("bundle", type=Path)
+    once.add_argument("options", nargs="*", help="behind --")
+    many = workers.add_parser("many")
+    many.set_defaults(run=many_worker)
+    many.add_argument("bundle", type=Path)
+    many.add_argument("sources", type=int)
+    many.add_argument("seconds", type=float)
+    many.add_argument("--batch", type=int, default=1)
     decode = workers.add_parser("decode")
     decode.set_defaults(run=decode_worker)
     decode.add_argument("film", type=Path)
