@@ -403,7 +403,9 @@ class StreamRuntime:
             taken.drop(_UNPREPARED)
             return False
         taken.prepared_ns = time.monotonic_ns()
-        taken.source.metrics.record("preprocess", (taken.prepared_ns - started_ns) / 1e9)
+        metrics = taken.source.metrics
+        metrics.record("capture", taken.captured.capture_s)
+        metrics.record("preprocess", (taken.prepared_ns - started_ns) / 1e9)
         if not self._keep_images:
             taken.release()
         return True
