@@ -182,8 +182,10 @@ static void filter_four_rows_vnni(
         _mm_storeu_si128(
             (__m128i *)bytes, _mm512_cvtusepi32_epi8(_mm512_max_epi32(value, _mm512_setzero_si512())));
         // The fourth byte is the next pixel's, which is written after it; the last pixel has no next.
-        const size_t n_bytes = x + 1 < taps->length ? 4 : 3;
-        for (int r = 0; r < ROWS; ++r) memcpy(out[r] + 3 * x, bytes + 4 * r, n_bytes);
+        if (x + 1 < taps->length)
+            for (int r = 0; r < ROWS; ++r) memcpy(out[r] + 3 * x, bytes + 4 * r, 4);
+        else
+            for (int r = 0; r < ROWS; ++r) memcpy(out[r] + 3 * x, bytes + 4 * r, 3);
     }
 }
 #endif

@@ -59,6 +59,10 @@ class SourceConfig:
     fps: float | None = None
     record: RecordConfig | None = None
 
+    def policy_for(self, live: bool) -> DropPolicy:
+        """The policy, by default that of a source which is `live` or not."""
+        return self.policy or ("newest" if live else "every")
+
 
 @dataclass(frozen=True, slots=True)
 class CaptureLimits:

@@ -39,7 +39,8 @@ class EngineRequest:
         engine: a name of `engines.BACKENDS`; by default the one the bundle was built for.
         precision: ``fp32`` runs the folded model instead of the bundle's engine, to compare.
         max_batch: images a request.
-        streams: requests that run at the same time; by default the engine's choice.
+        streams: requests that run at the same time; by default the engine's choice for `mode`.
+        mode: ``latency`` for whoever waits for each answer, ``throughput`` for whoever waits for all.
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
     """
 
@@ -47,6 +48,7 @@ class EngineRequest:
     precision: StreamPrecision | None = None
     max_batch: int = 1
     streams: int | None = None
+    mode: Literal["latency", "throughput"] = "latency"
     cache_dir: Path | None = None
 
 
@@ -253,5 +255,7 @@ def _load_runner(
     )
     # A fixed batch is faster; batches across cameras come in all sizes up to the largest.
     fixed = 1 if request.max_batch == 1 else None
-    options = EngineOptions(mode="latency", batch=fixed, cache_dir=request.cache_dir, streams=request.streams)
+    options = EngineOptions(
+        mode=request.mode, batch=fixed, cache_dir=request.cache_dir, streams=request.streams
+    )
     return backend.load(artifact, options), name

@@ -104,9 +104,7 @@ class StreamSession:
         self._config = config
         self._display = display or StreamDisplay()
         self._open_feed = open_feed
-        self._request = EngineRequest(
-            config.engine, config.precision, config.max_batch, config.streams, cache_dir
-        )
+        self._cache_dir = cache_dir
         self._sources: list[RuntimeFeed] = []
         self._outputs: dict[str, SourceOutput] = {}
         self._event_outputs: dict[str, EventOutput] = {}
@@ -126,13 +124,14 @@ class StreamSession:
         uris = [parse_source(source.uri) for source in config.sources]
         notes: list[str] = []
         with ExitStack() as stack:
-            engine = load_engine(config.bundle, self._request)
+            request = self._engine_request(uris)
+            engine = load_engine(config.bundle, request)
             self._slot = EngineSlot(engine)
             stack.callback(self._close_engine)
             self._reloader = Reloader(
                 self._slot,
                 config.bundle,
-                functools.partial(load_engine, request=self._request),
+                functools.partial(load_engine, request=request),
                 self._on_swap,
             )
             self._open_sources(uris, engine.classes)
@@ -222,6 +221,19 @@ class StreamSession:
         )
 
     # --- opening ----------------------------------------------------------------------------------
+
+    def _engine_request(self, uris: Sequence[SourceUri]) -> EngineRequest:
+        """Where every source waits, no answer is hurried: several streams then do more than one at a time."""
+        config = self._config
+        policies = {source.policy_for(uri.live) for source, uri in zip(config.sources, uris, strict=True)}
+        return EngineRequest(
+            engine=config.engine,
+            precision=config.precision,
+            max_batch=config.max_batch,
+            streams=config.streams,
+            mode="throughput" if policies == {"every"} else "latency",
+            cache_dir=self._cache_dir,
+        )
 
     def _open_sources(self, uris: Sequence[SourceUri], classes: ModelClasses) -> None:
         open_feed = self._open_feed or _capture_feed()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,6 +78,36 @@ def test_whole_images_of_any_size(hw, to, interpolation, seed) -> None:
     )  # fmt: skip
     filter_ = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     np.testing.assert_array_equal(out, np.asarray(Image.fromarray(image).resize(to[::-1], filter_)))
+
+
+def test_without_byte_products_the_pixels_are_the_same(monkeypatch, tmp_path) -> None:
+    """A processor that has them would never run the other path, nor the test above it."""
+    compiler = shutil.which("cc") or pytest.skip("no C compiler")
+    source = Path(resampling.__file__).with_name("resample.c")
+    library = tmp_path / "_resample.so"
+    options = ["-O2", "-shared", "-fPIC", "-Wno-psabi", "-DNO_VNNI"]
+    subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
+    plain, usual = ctypes.CDLL(str(library)).edgefold_resample, resampling._kernel()
+    plain.argtypes, plain.restype = usual.argtypes, usual.restype
+    for hw, step in (((270, 480), 3), ((270, 480), 4), ((61, 700), 3)):
+        image = noise(*hw, step, seed=step)[:, :, :3]
+        for interpolation in ("bilinear", "bicubic"):
+            make = filtered(interpolation)
+            for reverse in (False, True):
+                results = []
+                for kernel in (plain, usual):
+                    monkeypatch.setattr(resampling, "_kernel", lambda kernel=kernel: kernel)
+                    out = np.empty((24, 37, 3), np.uint8)
+                    resample(
+                        image,
+                        make(hw[1], 37),
+                        make(hw[0], 24),
+                        vertical_first=False,
+                        reverse=reverse,
+                        out=out,
+                    )
+                    results.append(out)
+                np.testing.assert_array_equal(*results)
 
 
 def test_rows_that_lie_apart_and_views_are_read_in_place(monkeypatch) -> None:

@@ -11,7 +11,6 @@ from apps.streaming.capture.threaded import ThreadFeed
 from apps.streaming.config import CaptureLimits, SourceConfig
 from apps.streaming.contracts import Feed
 from apps.streaming.metrics import StreamMetrics
-from apps.streaming.queues import DropPolicy
 from apps.streaming.sources import ModelClasses, Source, SourceUri, open_source
 
 __all__ = ["DEFAULT_BUFFERS", "open_feed"]
@@ -43,7 +42,7 @@ def open_feed(
         buffers: frames in use at the same time, at least the runtime's and 2.
         opener: opens the source; a function of a module, since a capture process may call it.
     """
-    policy: DropPolicy = source.policy or ("newest" if uri.live else "every")
+    policy = source.policy_for(uri.live)
     name = source.name or uri.shown
     if not uri.foreign:
         return ThreadFeed(

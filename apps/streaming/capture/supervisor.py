@@ -273,7 +273,6 @@ class ProcessFeed:
         frame = Frame(pixels, message.pixel_format, self.source_id, self._index, timestamp_ns, message.label)
         self._index += 1
         self._metrics.frame_read()
-        self._metrics.record("capture", message.capture_s)
         with self._lock:
             self._health.frame(timestamp_ns, (message.width, message.height), message.fingerprint)
         self._restarts.frame_came(timestamp_ns / 1e9)

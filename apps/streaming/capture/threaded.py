@@ -163,7 +163,6 @@ class ThreadFeed:
             if source.live:
                 self._closing.wait(_NO_IMAGE_PAUSE_S)  # one that fails at once would spin
             return
-        self._metrics.record("capture", capture_s)
         self._closing.wait(pacer.delay_s(time.monotonic()))
         image, pixel_format = as_image(delivered.pixels, source.color)
         now_ns = time.monotonic_ns()
