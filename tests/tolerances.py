@@ -95,6 +95,9 @@ WRONG_EARLY_STOPS = 0.01
 """Share of `SIMULATED_MEASUREMENTS` judgements at the limit itself that are stopped wrongly, on a side. At most 0.05 are
 spent, and 0 to 0.002 measured, since the images seen are part of all; looks that each spent 0.1 would exceed this."""
 
+FAIR_SHARE_RTOL = 0.1
+"""How far a source's share of the engine may be from an equal one: the camera app's promise."""
+
 SAME_AVERAGE_ATOL = 1e-9
 """A running average in [0, 1] by one step or by thirty: float64 (1e-16 a step), and times rounded to a nanosecond, 1e-9
 of a second over a time constant of 0.05 s, in the sum of steps once."""

@@ -6,7 +6,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -23,6 +23,7 @@ __all__ = [
     "LatencySummary",
     "MetricsSnapshot",
     "StreamMetrics",
+    "total_latency",
 ]
 
 STAGES = ("capture", "queue", "preprocess", "infer", "postprocess", "age")
@@ -83,6 +84,13 @@ class LatencyHistogram:
         self.count = 0
         self.total_s = 0.0
         self.max_s = 0.0
+
+    def add(self, other: LatencyHistogram) -> None:
+        """Adds all durations of another histogram."""
+        self._counts += other._counts
+        self.count += other.count
+        self.total_s += other.total_s
+        self.max_s = max(self.max_s, other.max_s)
 
     def record(self, seconds: float) -> None:
         """Adds one duration."""
@@ -204,9 +212,15 @@ class StreamMetrics:
     def frame_judged(self, scores: NDArray[Any], truth: int) -> None:
         """The scores (C,) of a labelled frame, and its true class."""
         with self._lock:
-            if self._meter is None:
+            if self._meter is None or self._meter.n_classes != scores.size:
                 self._meter = AccuracyMeter(scores.size)
             self._meter.update(scores, truth)
+
+    def engine_changed(self) -> None:
+        """Another engine infers: its accuracy is not mixed with that of the one before."""
+        with self._lock:
+            self._labelled = self._correct = 0
+            self._meter = None
 
     def fps(self) -> float:
         """Inferred frames a second over the last two seconds (or the last 512 frames)."""
@@ -235,3 +249,17 @@ class StreamMetrics:
                 latency={stage: histogram.summary() for stage, histogram in self._stages.items()},
                 buckets={stage: histogram.buckets() for stage, histogram in self._stages.items()},
             )
+
+    def add_latency_to(self, totals: dict[str, LatencyHistogram]) -> None:
+        """Adds the durations of every stage to `totals`."""
+        with self._lock:
+            for stage, histogram in self._stages.items():
+                totals[stage].add(histogram)
+
+
+def total_latency(sources: Iterable[StreamMetrics]) -> dict[str, LatencySummary]:
+    """The latencies over several sources, by stage: every frame counts the same."""
+    totals = {stage: LatencyHistogram() for stage in STAGES}
+    for metrics in sources:
+        metrics.add_latency_to(totals)
+    return {stage: histogram.summary() for stage, histogram in totals.items()}

@@ -20,7 +20,7 @@ from apps.streaming.predictions import Prediction
 from pipeline.artifacts import Frame
 from pipeline.errors import EdgefoldError, UnsupportedError, UsageError
 
-__all__ = ["PredictionLog", "Recorder", "Sink", "Window", "window_obstacle"]
+__all__ = ["PredictionLog", "Recorder", "Sink", "Window", "check_mp4_path", "window_obstacle"]
 
 _FREE_RESERVE_BYTES = 16 * 1024 * 1024
 _FREE_CHECK_S = 1.0
@@ -98,12 +98,7 @@ class Recorder:
 
     def __init__(self, path: Path, fps: float, by_time: bool) -> None:
         self._cv2 = opencv.load("recording a video")
-        if path.suffix.lower() != ".mp4":
-            raise UsageError(f"--record writes MP4; name the file {path.with_suffix('.mp4').name}")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UsageError(f"cannot record to {path}: {path.parent} is no folder that can be written to")
-        if path.is_dir():
-            raise UsageError(f"cannot record to {path}: it is a folder")
+        check_mp4_path(path)
         self._path = path
         self._partial = path.with_name(f".{path.stem}.partial.mp4")
         self._fps = fps
@@ -215,6 +210,20 @@ class Recorder:
             self._writer.release()
             self._writer = None
         self._partial.unlink(missing_ok=True)
+
+
+def check_mp4_path(path: Path) -> None:
+    """Checks where a recording is to go before there is a picture to record.
+
+    Raises:
+        UsageError: not an ``.mp4``, or the folder cannot be written to.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise UsageError(f"--record writes MP4; name the file {path.with_suffix('.mp4').name}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot record to {path}: {path.parent} is no folder that can be written to")
+    if path.is_dir():
+        raise UsageError(f"cannot record to {path}: it is a folder")
 
 
 class Window:
