@@ -186,7 +186,7 @@ def test_a_recording_that_does_not_fit_fails_and_leaves_nothing(bundle: Path, tm
     [
         ("synthetic:x", 2, "not synthetic:SEED"),
         ("/no/such/film.mp4", 2, "no such file or folder"),
-        ("rtsp://camera/1", 2, "unknown source scheme"),
+        ("rtmp://camera/1", 2, "unknown source scheme"),
         ("/dev/video97", 4, "no such device"),
     ],
 )
