@@ -133,7 +133,7 @@ class Soak:
                 "seconds": time.monotonic(),
                 "rss_mb": int(values["VmRSS"]) / 1024,
                 "anonymous_mb": int(values["RssAnon"]) / 1024,
-                "descriptors": len(os.listdir(f"/proc/{self.process.pid}/fd")),
+                "descriptors": len(list(Path(f"/proc/{self.process.pid}/fd").iterdir())),
                 "threads": int(values["Threads"]),
                 "children": len(self.children()),
                 "frames": self.metric("edgefold_frames_inferred_total"),
