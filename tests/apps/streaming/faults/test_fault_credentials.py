@@ -155,7 +155,7 @@ name = "self-test"
 uri = "synthetic:1"
 fps = 5
 """
-        gate = server.url(userinfo="***")
+        gate = server.url(userinfo="***") + "#timeout=60"
         app = run_app(config, variables={"CAMERA_PASSWORD": PASSWORD})
         app.until_state(gate, "LIVE")
         app.until(lambda: app.frames(gate) >= 3)
