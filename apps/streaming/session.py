@@ -108,6 +108,7 @@ class StreamSession:
         self._sources: list[RuntimeFeed] = []
         self._outputs: dict[str, SourceOutput] = {}
         self._event_outputs: dict[str, EventOutput] = {}
+        self._closers: list[Callable[[], None]] = []
         self._page: PageServer | None = None
         self._hangup = False
         self._reloading = False
@@ -134,12 +135,12 @@ class StreamSession:
                 functools.partial(load_engine, request=request),
                 self._on_swap,
             )
+            stack.callback(self._close_together)
             self._open_sources(uris, engine.classes)
-            stack.callback(self._close_feeds)
             self._max_age_ms = self._budget_ms()
             self._notifier = stack.enter_context(Notifier())
             self._states = StateLog()
-            self._open_page_and_events(stack)
+            self._open_page_and_events()
             outputs = self._open_outputs(stack, notes)
             self._runtime = StreamRuntime(
                 self._sources,
@@ -245,6 +246,7 @@ class StreamSession:
                     f"two sources are called {feed.source_id}; give each its own name in the --config file"
                 )
             self._sources.append(RuntimeFeed(feed, metrics))
+            self._closers.append(feed.close)
 
     def _budget_ms(self) -> float | None:
         if self._config.max_age_ms is not None:
@@ -252,24 +254,26 @@ class StreamSession:
         live = any(source.feed.policy == "newest" for source in self._sources)
         return _LIVE_MAX_AGE_MS if live else None
 
-    def _open_page_and_events(self, stack: ExitStack) -> None:
+    def _open_page_and_events(self) -> None:
         config = self._config
         source_ids = [source.feed.source_id for source in self._sources]
         if config.events is not None and config.events.log is not None:
             from apps.streaming.events import EventLog
 
             self._event_outputs["log"] = EventLog(config.events.log)
-            stack.callback(self._event_outputs["log"].close)
+            self._closers.append(self._event_outputs["log"].close)
         if config.mqtt is not None:
             from apps.streaming.mqtt import MqttPublisher
 
             self._event_outputs["mqtt"] = MqttPublisher(config.mqtt, source_ids)
-            stack.callback(self._event_outputs["mqtt"].close)
+            self._closers.append(self._event_outputs["mqtt"].close)
         if config.serve is not None:
+            from apps.streaming.logs import log_event
             from apps.streaming.serve import PageServer
 
             page = PageServer(config.serve, self.view, self.reload, self.check)
-            stack.callback(page.close)
+            self._closers.append(page.close)
+            log_event("page", page.url)
             self._event_outputs["page"] = page.events
             self._page = page
 
@@ -348,11 +352,12 @@ class StreamSession:
 
     # --- closing ----------------------------------------------------------------------------------
 
-    def _close_feeds(self) -> None:
-        """All at once: one that must be killed takes its two seconds, and the others do not wait."""
-        if self._sources:
-            with ThreadPoolExecutor(len(self._sources), "stream-close") as pool:
-                for closing in [pool.submit(source.feed.close) for source in self._sources]:
+    def _close_together(self) -> None:
+        """Feeds, page and event outputs: each may take its two seconds, and one after the other they would
+        take more than the five that a service manager is promised."""
+        if self._closers:
+            with ThreadPoolExecutor(len(self._closers), "stream-close") as pool:
+                for closing in [pool.submit(close) for close in self._closers]:
                     closing.result()
 
     def _close_engine(self) -> None:

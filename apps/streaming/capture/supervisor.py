@@ -294,6 +294,9 @@ class ProcessFeed:
         text = self._task.uri.redact(message.message)
         if message.error == SourceLostError.__name__:
             retry: Retry = message.retry or "soon"
+            if retry == "never" or (retry == "seldom" and not self.live):
+                # What answers is no video: no fault of a device, which a restarted app would find mended.
+                return _Failure(DataError(text), "never")
             return _Failure(SourceLostError(text, retry), retry)
         error = _ERRORS.get(message.error, EdgefoldError)(text)
         if isinstance(error, (UsageError, DataError, UnsupportedError)):
