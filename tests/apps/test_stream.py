@@ -19,7 +19,6 @@ import pytest
 
 from apps.cli import main
 
-
 EDGEFOLD = [sys.executable, "-c", "from apps.cli import main; main()", "stream"]
 
 
