@@ -14,7 +14,7 @@
 #define FRACTION_BITS 22
 #define ROWS 4
 #define LANES 16
-#define PADDING 64  // how far `filter_colour_rows` may read past a row: less than four pixels and a vector
+#define PADDING 64  // how far a row is read past its end: less than 16 pixels of four bytes
 
 // GNU C vectors: SSE, AVX2, AVX-512 or NEON where the processor has them, plain code where it does not.
 typedef uint8_t bytes16 __attribute__((vector_size(16)));
@@ -26,6 +26,15 @@ typedef int32_t words16 __attribute__((vector_size(4 * LANES)));
 #define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define FOR_EVERY_CPU
+#endif
+
+// Four byte products and their sum in one instruction: Ice Lake, Zen 4 and later.
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(NO_VNNI)
+#define WITH_VNNI
+#include <immintrin.h>
+#define FOR_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
+#define TAPS_A_VECTOR 16
+#define BYTES_A_WEIGHT 3
 #endif
 
 // For each of `length` positions: the first source position, how many follow, and `width` weights.
@@ -100,6 +109,85 @@ static void filter_four_rows(
         filter_colour_rows(rows, ROWS, 4, offset, taps, weights, reverse, out);
 }
 
+#ifdef WITH_VNNI
+static int has_vnni(void) {
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
+}
+
+// The weights as `filter_four_rows_vnni` takes them. A weight is w0 + 2^8 w1 + 2^16 w2 with signed bytes (its
+// magnitude is below 2^23), and the sum of products with whole weights is the same sum of the three with bytes,
+// modulo 2^32 as every sum here: exact. Each vector of taps has three vectors of bytes; in each, 16 bytes for four
+// taps: theirs for the first channel side by side, then for the second and the third, and four that are 0.
+static int8_t *spread_bytes(const struct taps *taps) {
+    const int n_vectors = (taps->width + TAPS_A_VECTOR - 1) / TAPS_A_VECTOR;
+    const size_t n_bytes = (size_t)taps->length * n_vectors * BYTES_A_WEIGHT * 64;
+    int8_t *all = aligned_alloc(64, n_bytes);
+    if (!all) return all;
+    memset(all, 0, n_bytes);
+    for (int x = 0; x < taps->length; ++x)
+        for (int t = 0; t < taps->count[x]; ++t) {
+            int8_t *vector = all + ((int64_t)x * n_vectors + t / TAPS_A_VECTOR) * BYTES_A_WEIGHT * 64;
+            int32_t rest = taps->weights[(int64_t)x * taps->width + t];
+            const int place = t % TAPS_A_VECTOR / 4 * 16 + t % 4;
+            for (int b = 0; b < BYTES_A_WEIGHT; ++b) {
+                const int8_t low = (int8_t)(uint8_t)rest;
+                for (int channel = 0; channel < 3; ++channel) vector[64 * b + place + 4 * channel] = low;
+                rest = (rest - low) >> 8;
+            }
+        }
+    return all;
+}
+
+// As `filter_colour_rows` does it for `ROWS` rows.
+FOR_VNNI
+static void filter_four_rows_vnni(
+    const uint8_t *const *rows, int step, const struct taps *taps, const int8_t *weights, int reverse,
+    uint8_t *const *out) {
+    const int n_vectors = (taps->width + TAPS_A_VECTOR - 1) / TAPS_A_VECTOR;
+    uint8_t places[64];  // where the bytes of a vector of pixels go
+    for (int i = 0; i < 64; ++i) {
+        const int pixel = i / 16 * 4 + i % 4, channel = i % 16 / 4;
+        places[i] = (uint8_t)(channel == 3 ? 0 : pixel * step + (reverse ? 2 - channel : channel));
+    }
+    const __m512i order = _mm512_loadu_si512(places);
+    for (int x = 0; x < taps->length; ++x, weights += n_vectors * BYTES_A_WEIGHT * 64) {
+        const int64_t start = (int64_t)taps->first[x] * step;
+        __m512i sums[ROWS][BYTES_A_WEIGHT];
+        for (int r = 0; r < ROWS; ++r)
+            for (int b = 0; b < BYTES_A_WEIGHT; ++b) sums[r][b] = _mm512_setzero_si512();
+        for (int v = 0; TAPS_A_VECTOR * v < taps->count[x]; ++v)
+            for (int r = 0; r < ROWS; ++r) {
+                const __m512i raw = _mm512_loadu_si512(rows[r] + start + TAPS_A_VECTOR * v * step);
+                const __m512i pixels = _mm512_permutexvar_epi8(order, raw);
+                for (int b = 0; b < BYTES_A_WEIGHT; ++b) {
+                    const __m512i factors = _mm512_load_si512(weights + (v * BYTES_A_WEIGHT + b) * 64);
+                    sums[r][b] = _mm512_dpbusd_epi32(sums[r][b], pixels, factors);
+                }
+            }
+        __m512i whole[ROWS];  // four parts of each sum, 128 bits each
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sums[r][2], 8), sums[r][1]);
+            whole[r] = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), sums[r][0]);
+        }
+        // The parts are added while the rows move together: one row in each quarter of `total`.
+        const __m512i first = _mm512_add_epi32(
+            _mm512_shuffle_i32x4(whole[0], whole[1], 0x88), _mm512_shuffle_i32x4(whole[0], whole[1], 0xdd));
+        const __m512i second = _mm512_add_epi32(
+            _mm512_shuffle_i32x4(whole[2], whole[3], 0x88), _mm512_shuffle_i32x4(whole[2], whole[3], 0xdd));
+        const __m512i total = _mm512_add_epi32(
+            _mm512_shuffle_i32x4(first, second, 0x88), _mm512_shuffle_i32x4(first, second, 0xdd));
+        const __m512i value = _mm512_srai_epi32(_mm512_add_epi32(total, _mm512_set1_epi32(HALF)), FRACTION_BITS);
+        uint8_t bytes[4 * ROWS];
+        _mm_storeu_si128(
+            (__m128i *)bytes, _mm512_cvtusepi32_epi8(_mm512_max_epi32(value, _mm512_setzero_si512())));
+        // The fourth byte is the next pixel's, which is written after it; the last pixel has no next.
+        const size_t n_bytes = x + 1 < taps->length ? 4 : 3;
+        for (int r = 0; r < ROWS; ++r) memcpy(out[r] + 3 * x, bytes + 4 * r, n_bytes);
+    }
+}
+#endif
+
 FOR_EVERY_CPU
 static void filter_row(
     const uint8_t *row, int step, int channels, int offset, const struct taps *taps, const words16 *weights,
@@ -158,7 +246,14 @@ static int columns_first(
     uint8_t *between = malloc((size_t)((end - begin + 1) * n_bytes));
     uint8_t *copy = malloc((size_t)row_bytes + PADDING);
     int32_t *sums = malloc((size_t)n_bytes * sizeof *sums);
-    const int failed = !between || !copy || !sums;
+    int failed = !between || !copy || !sums;
+#ifdef WITH_VNNI
+    int8_t *byte_weights = NULL;
+    if (channels == 3 && has_vnni()) {
+        byte_weights = spread_bytes(across);
+        failed = failed || !byte_weights;
+    }
+#endif
     for (int y = begin; y < end && !failed;) {
         uint8_t *target = between + (y - begin) * n_bytes;
         const uint8_t *row = source + y * stride;
@@ -171,7 +266,12 @@ static int columns_first(
                 rows[r] = row + r * stride;
                 targets[r] = target + r * n_bytes;
             }
-            filter_four_rows(rows, step, 0, across, weights, reverse, targets);
+#ifdef WITH_VNNI
+            if (byte_weights)
+                filter_four_rows_vnni(rows, step, across, byte_weights, reverse, targets);
+            else
+#endif
+                filter_four_rows(rows, step, 0, across, weights, reverse, targets);
             y += ROWS;
         } else {
             memcpy(copy, row, (size_t)row_bytes);
@@ -183,6 +283,9 @@ static int columns_first(
         filter_down(
             between + (down->first[y] - begin) * n_bytes * (down->count[y] > 0), n_bytes, n_bytes, down->count[y],
             down->weights + (int64_t)y * down->width, sums, out + y * n_bytes);
+#ifdef WITH_VNNI
+    free(byte_weights);
+#endif
     free(between);
     free(copy);
     free(sums);
