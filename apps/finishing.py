@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from apps.golden import check_engine
 from apps.plans import Builder, Offer, Plans, TimingOptions, find_builder, make_plans
 from apps.power_mode import read_power_mode
 from engines.tensorrt.api import Flavour
@@ -58,7 +59,7 @@ def finish(path: Path, options: FinishOptions, progress: Progress) -> Finished:
         UsageError: the bundle is for a CPU, or has no such candidate.
         UnsupportedError: nothing here compiles for the bundle's target.
         EngineError: no candidate could be built, or the engine is not the int8 engine that was asked for.
-        IntegrityError: the bundle is not what its manifest says.
+        IntegrityError: the bundle is not what its manifest says, or its golden frames come out otherwise here.
     """
     bundle = open_bundle(path)
     deployment = bundle.manifest.deployment
@@ -100,6 +101,7 @@ def finish(path: Path, options: FinishOptions, progress: Progress) -> Finished:
                 deployment, chosen=plans.chosen.name, measurements=plans.measurements, notes=notes
             ),
         )
+        manifest = _checked_on_golden_frames(bundle, manifest, plans, builder)
         return Finished(writer.commit(manifest), plans)
 
 
@@ -152,6 +154,18 @@ def _candidates(deployment: Deployment, names: Sequence[str], path: Path) -> lis
     if names:
         return [by_name[name] for name in names]
     return [record for record in deployment.candidates if record.within_budget]
+
+
+def _checked_on_golden_frames(bundle: Bundle, manifest: Manifest, plans: Plans, builder: Builder) -> Manifest:
+    """`manifest` with what the golden frames found in its ``plan`` stage; without the device nothing can run."""
+    if builder.device is None:
+        found = f"not verified: no GPU of SM {builder.sm} is here to run the plan"
+    else:
+        # The new manifest over the old files: golden frames are not among what is replaced.
+        found = check_engine(dataclasses.replace(bundle, manifest=manifest), plans.engine).summary()
+    *before, stage = manifest.stages
+    stage = dataclasses.replace(stage, checks={**stage.checks, "golden": found})
+    return dataclasses.replace(manifest, stages=(*before, stage))
 
 
 def _replaced(manifest: Manifest) -> set[str]:

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from apps.publishing import Made
-from pipeline.artifacts import EngineArtifact, EngineOptions, Frame, ModelArtifact
+from pipeline.artifacts import EngineArtifact, EngineOptions, ModelArtifact
 from pipeline.bundle import Bundle, BundleWriter
 from pipeline.compile import FOLDED_NAME
 from pipeline.contracts import EngineBackend
 from pipeline.digest import file_sha256
 from pipeline.golden import GoldenReport, check_live_path, golden_logits
 from pipeline.golden_frames import GOLDEN_NAME, golden_to_bytes, make_golden
-from pipeline.preprocess import normalize, to_network_pixels
 
-__all__ = ["add_golden", "check_bundle"]
+__all__ = ["add_golden", "check_bundle", "check_engine"]
 
 
 def add_golden(writer: BundleWriter, made: Made, work_dir: Path) -> None:
@@ -71,15 +66,29 @@ def check_bundle(bundle: Bundle, cache_dir: Path | None) -> GoldenReport:
         fingerprint=backend.fingerprint() if portable else built.fingerprint,
         portable=portable,
     )
-    with backend.load(artifact, EngineOptions(batch=1, cache_dir=cache_dir)) as runner:
-        takes_pixels = runner.inputs[0].dtype == "uint8"
+    return check_engine(bundle, artifact, cache_dir)
 
-        def prepare(frame: Frame) -> NDArray[Any]:
-            spec, color = manifest.preprocess, manifest.input_color
-            pixels = to_network_pixels(frame.image, frame.pixel_format, spec, color)[np.newaxis]
-            return pixels if takes_pixels else normalize(pixels, spec, color)
 
-        return check_live_path(bundle, prepare, runner)
+def check_engine(bundle: Bundle, artifact: EngineArtifact, cache_dir: Path | None = None) -> GoldenReport:
+    """The golden frames through the path that ``edgefold stream`` takes for an engine, and through the engine.
+
+    Args:
+        bundle: with the manifest of the engine; it need not hold the engine's file yet.
+        artifact: the engine.
+        cache_dir: where it keeps what it compiled.
+
+    Raises:
+        UnsupportedError: the engine cannot run here.
+        IntegrityError: what comes out is not what the build had.
+    """
+    from apps.streaming.feeding import make_feeder
+    from engines import get_backend
+
+    manifest = bundle.manifest
+    options = EngineOptions(batch=1, cache_dir=cache_dir)
+    with get_backend(artifact.backend).load(artifact, options) as runner:
+        feeder = make_feeder(runner, artifact.backend, manifest.preprocess, manifest.input_color, max_batch=1)
+        return check_live_path(bundle, feeder.engine_input, runner)
 
 
 def _graphs(made: Made) -> list[str]:

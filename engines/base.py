@@ -125,18 +125,7 @@ class CheckedRunner(ABC):
             EngineError: the inputs are not the declared ones, or the runner is closed.
         """
         arrays = self._checked_inputs(inputs)
-        self._slots.acquire()
-        future: Future[Outputs] = Future()
-        future.set_running_or_notify_cancel()
-        try:
-            with self._lifecycle:  # nothing may start once `close` has begun to wait
-                self._refuse_if_closed()
-                wait = self._guarded(lambda: self._start(arrays))
-                self._waiters.submit(self._complete, wait, future)
-        except BaseException:
-            self._slots.release()
-            raise
-        return future
+        return self._submitted(lambda: self._start(arrays))
 
     def close(self) -> None:
         """Wait for submitted requests, then free the engine. Closing again does nothing."""
@@ -158,6 +147,21 @@ class CheckedRunner(ABC):
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _submitted(self, start: Callable[[], Callable[[], Arrays]]) -> Future[Outputs]:
+        """`submit` of whatever `start` starts: bounded, and its outputs checked."""
+        self._slots.acquire()
+        future: Future[Outputs] = Future()
+        future.set_running_or_notify_cancel()
+        try:
+            with self._lifecycle:  # nothing may start once `close` has begun to wait
+                self._refuse_if_closed()
+                wait = self._guarded(start)
+                self._waiters.submit(self._complete, wait, future)
+        except BaseException:
+            self._slots.release()
+            raise
+        return future
 
     def _complete(self, wait: Callable[[], Arrays], future: Future[Outputs]) -> None:
         try:

@@ -90,7 +90,7 @@ class FakeDevice:
 
     def view(self, address: int, n_bytes: int, device: bool = True) -> NDArray[np.uint8]:
         """The bytes at `address`, which must lie in one allocation of the kind."""
-        for start, (array, on_device) in self.ranges.items():
+        for start, (array, on_device) in list(self.ranges.items()):
             if on_device == device and start <= address and address + n_bytes <= start + array.size:
                 return array[address - start : address - start + n_bytes]
         self.sticky = 700
@@ -116,7 +116,7 @@ class FakeDevice:
 
     def _pinned(self, array: NDArray[Any], call: str) -> NDArray[np.uint8]:
         address = array.ctypes.data
-        for start, (memory, on_device) in self.ranges.items():
+        for start, (memory, on_device) in list(self.ranges.items()):
             if not on_device and start <= address and address + array.nbytes <= start + memory.size:
                 return memory[address - start : address - start + array.nbytes]
         raise cuda_error(1, f"{call} of memory that is not page-locked")

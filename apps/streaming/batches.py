@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
 
-from numpy.typing import NDArray
-
+from apps.streaming.feeding import InputBatch
 from apps.streaming.loading import LoadedEngine
 
 __all__ = ["BatchPool"]
@@ -18,18 +16,18 @@ class BatchPool:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._engine: LoadedEngine | None = None
-        self._free: list[NDArray[Any]] = []
+        self._free: list[InputBatch] = []
 
-    def take(self, engine: LoadedEngine) -> NDArray[Any]:
+    def take(self, engine: LoadedEngine) -> InputBatch:
         """Room for ``engine.max_batch`` images; what is in it is undefined."""
         with self._lock:
             if engine is not self._engine:
                 self._engine, self._free = engine, []
             if self._free:
                 return self._free.pop()
-        return engine.new_batch()
+        return engine.feeder.new_batch()
 
-    def give_back(self, engine: LoadedEngine, batch: NDArray[Any]) -> None:
+    def give_back(self, engine: LoadedEngine, batch: InputBatch) -> None:
         """The engine does not read it any more; the batch of a replaced engine is let go."""
         with self._lock:
             if engine is self._engine:

@@ -5,30 +5,28 @@ The same at start and at a reload, so that a bundle which is refused at one is r
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 import engines
 from apps.streaming.config import StreamPrecision
+from apps.streaming.feeding import Feeder, make_feeder
 from apps.streaming.sources import ModelClasses
-from pipeline.artifacts import EngineArtifact, EngineOptions, Frame, PreprocessSpec
+from pipeline.artifacts import EngineArtifact, EngineOptions
 from pipeline.bundle import MANIFEST_NAME, Bundle, open_bundle
 from pipeline.contracts import Runner
 from pipeline.errors import EngineError, IntegrityError, UsageError
-from pipeline.preprocess import normalize, to_network_pixels
 
 __all__ = ["EngineRequest", "LoadedEngine", "check_golden", "load_engine", "model_classes"]
 
 _FOLDED_NAME = "model.onnx"
 _CPU_ENGINE = "openvino"
 _DIGEST_DIGITS = 12
+_PLAN_STREAMS = 2
+"""So that one request's copies and kernel overlap another one's engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +37,7 @@ class EngineRequest:
         engine: a name of `engines.BACKENDS`; by default the one the bundle was built for.
         precision: ``fp32`` runs the folded model instead of the bundle's engine, to compare.
         max_batch: images a request.
-        streams: requests that run at the same time; by default the engine's choice for `mode`.
+        streams: requests that run at the same time; by default two for a plan, else the engine's choice for `mode`.
         mode: ``latency`` for whoever waits for each answer, ``throughput`` for whoever waits for all.
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
     """
@@ -58,7 +56,7 @@ class LoadedEngine:
 
     Attributes:
         classes: what its scores stand for.
-        prepare: writes a frame into a row of the input batch, in the dtype and layout of the engine.
+        feeder: makes frames its input.
         row_shape: of one image of the batch.
         file: the graph or plan of the bundle that it runs.
         golden: what the golden frames found.
@@ -71,14 +69,10 @@ class LoadedEngine:
     precision: StreamPrecision
     file: str
     classes: ModelClasses
-    prepare: Callable[[Frame, NDArray[Any]], None]
+    feeder: Feeder
     row_shape: tuple[int, ...]
     max_batch: int
     golden: str = "not verified: not checked yet"
-
-    def new_batch(self) -> NDArray[Any]:
-        """Room for `max_batch` images."""
-        return np.empty((self.max_batch, *self.row_shape), self.runner.inputs[0].dtype)
 
 
 def load_engine(bundle: Bundle | Path | str, request: EngineRequest) -> LoadedEngine:
@@ -116,13 +110,8 @@ def check_golden(engine: LoadedEngine) -> str:
     """
     from pipeline.golden import check_live_path
 
-    def prepare(frame: Frame) -> NDArray[Any]:
-        batch = np.empty((1, *engine.row_shape), engine.runner.inputs[0].dtype)
-        engine.prepare(frame, batch[0])
-        return batch
-
-    found: str = check_live_path(engine.bundle, prepare, engine.runner, file=engine.file).summary()
-    return found
+    report = check_live_path(engine.bundle, engine.feeder.engine_input, engine.runner, file=engine.file)
+    return report.summary()
 
 
 def model_classes(bundle: Bundle) -> ModelClasses:
@@ -171,7 +160,6 @@ def _around(
             f"the model in {bundle.path} takes images of {row}, its manifest's preprocessing makes "
             f"{list(row_shape)}; build the bundle again"
         )
-    write = _write_pixels if takes_pixels else _write_normalized
     manifest_bytes = (bundle.path / MANIFEST_NAME).read_bytes()
     return LoadedEngine(
         bundle=bundle,
@@ -181,33 +169,17 @@ def _around(
         precision=precision,
         file=file,
         classes=classes,
-        prepare=functools.partial(write, spec, color),
+        feeder=make_feeder(runner, engine, spec, color, max_batch=max_batch),
         row_shape=row_shape,
         max_batch=max_batch,
     )
-
-
-def _write_pixels(
-    spec: PreprocessSpec, color: Literal["RGB", "BGR"], frame: Frame, row: NDArray[Any]
-) -> None:
-    """The graph normalizes: the pixels go straight to their place in the batch."""
-    to_network_pixels(frame.image, frame.pixel_format, spec, color, out=row)
-
-
-def _write_normalized(
-    spec: PreprocessSpec, color: Literal["RGB", "BGR"], frame: Frame, row: NDArray[Any]
-) -> None:
-    """The graph takes the network's own input (a prologue that could not be folded, an imported plan)."""
-    pixels = to_network_pixels(frame.image, frame.pixel_format, spec, color)
-    row[...] = normalize(pixels[np.newaxis], spec, color)[0]
 
 
 def _warm(engine: LoadedEngine) -> None:
     """Runs the smallest and the largest batch: kernels are chosen and buffers made now, not at the first
     frame; a batch that the engine cannot take is found out."""
     name = engine.runner.inputs[0].name
-    batch = engine.new_batch()
-    batch[...] = 0
+    batch = np.zeros((engine.max_batch, *engine.row_shape), engine.runner.inputs[0].dtype)
     sizes = (
         (engine.max_batch,) if isinstance(engine.runner.inputs[0].shape[0], int) else (1, engine.max_batch)
     )
@@ -255,7 +227,6 @@ def _load_runner(
     )
     # A fixed batch is faster; batches across cameras come in all sizes up to the largest.
     fixed = 1 if request.max_batch == 1 else None
-    options = EngineOptions(
-        mode=request.mode, batch=fixed, cache_dir=request.cache_dir, streams=request.streams
-    )
+    streams = request.streams or (_PLAN_STREAMS if is_plan else None)
+    options = EngineOptions(mode=request.mode, batch=fixed, cache_dir=request.cache_dir, streams=streams)
     return backend.load(artifact, options), name

@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from apps.streaming.batches import BatchPool
 from apps.streaming.classes import ClassMap
 from apps.streaming.engine_slot import EngineSlot
+from apps.streaming.feeding import InputBatch
 from apps.streaming.loading import LoadedEngine
 from apps.streaming.predictions import Prediction, predict
 from apps.streaming.queues import StageQueue
@@ -97,7 +98,7 @@ class Answer:
 @dataclass(slots=True)
 class _InFlight:
     engine: LoadedEngine
-    batch: NDArray[Any]
+    batch: InputBatch
     frames: list[TakenFrame]
     future: Future[Outputs]
     submitted_ns: int
@@ -375,7 +376,7 @@ class StreamRuntime:
         taken: TakenFrame | None = first
         try:
             while taken is not None:
-                if self._prepare(engine, taken, batch[len(frames)]):
+                if self._prepare(taken, batch, len(frames)):
                     frames.append(taken)
                 # A batch of one waits for nobody; and others are looked for before any waiting.
                 full = len(frames) >= most
@@ -392,11 +393,11 @@ class StreamRuntime:
             raise
         return None if n_left is None else n_left - len(frames)
 
-    def _prepare(self, engine: LoadedEngine, taken: TakenFrame, row: NDArray[Any]) -> bool:
-        """Writes the frame into its row; with several sources, what cannot be is one source's loss."""
+    def _prepare(self, taken: TakenFrame, batch: InputBatch, index: int) -> bool:
+        """Puts the frame into its place; with several sources, what cannot be is one source's loss."""
         started_ns = time.monotonic_ns()
         try:
-            engine.prepare(taken.captured.frame, row)
+            batch.put(index, taken.captured.frame)
         except DataError:
             if len(self._sources) == 1:
                 raise
@@ -410,11 +411,11 @@ class StreamRuntime:
             taken.release()
         return True
 
-    def _submit(self, engine: LoadedEngine, batch: NDArray[Any], frames: list[TakenFrame]) -> None:
+    def _submit(self, engine: LoadedEngine, batch: InputBatch, frames: list[TakenFrame]) -> None:
         with self._permits_lock:
             self._n_in_flight += 1
         submitted_ns = time.monotonic_ns()
-        future = engine.runner.submit({engine.runner.inputs[0].name: batch[: len(frames)]})
+        future = batch.submit(len(frames))
         item = _InFlight(engine, batch, frames, future, submitted_ns)
         future.add_done_callback(item.mark_done)
         if not self._in_flight.put(item):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from engines.tensorrt.device import Device, DeviceMemory, Graph, PinnedMemory, Stream
 from engines.tensorrt.interface import EngineInterface
 from pipeline.artifacts import TensorSpec
-from pipeline.errors import EngineError
+from pipeline.errors import EdgefoldError, EngineError
 
 __all__ = ["FillInput", "Lane"]
 
@@ -103,20 +103,32 @@ class Lane:
             self._device.copy_to_device(self._memory[spec.name].address, staged, self._stream)
         return self._finish()
 
-    def run_filled(self, fill: FillInput) -> list[NDArray[Any]]:
-        """Run on one image that `fill` writes into the engine's only input.
+    def run_filled(self, fills: Sequence[FillInput]) -> list[NDArray[Any]]:
+        """Run on a batch of as many images as `fills`, each written into its place of the engine's only input.
 
         Raises:
-            EngineError: the engine takes several inputs, or not a batch of one; or as `run`.
+            EngineError: the engine takes several inputs, or not a batch of this size; or as `run`.
             DeviceFaultError: the device failed; the context is dead.
         """
-        if len(self._interface.inputs) != 1:
-            names = [spec.name for spec in self._interface.inputs]
-            raise EngineError(f"the engine takes {names}; only one input can be filled on the device")
-        (spec,) = self._interface.inputs
-        self._set_shapes(((1, *(int(size) for size in spec.shape[1:])),))
-        fill(self._memory[spec.name].address, self._stream)
+        spec = self._only_input()
+        self._set_shapes(((len(fills), *(int(size) for size in spec.shape[1:])),))
+        self._fill(spec, fills)
         return self._finish()
+
+    def read_filled(self, fill: FillInput) -> NDArray[Any]:
+        """What `fill` writes for one image, (1, …) in the input's dtype; the engine does not run.
+
+        Raises:
+            EngineError: the engine takes several inputs.
+            DeviceFaultError: the device failed; the context is dead.
+        """
+        spec = self._only_input()
+        self._fill(spec, [fill])
+        staged = self._staged(spec, (1, *(int(size) for size in spec.shape[1:])))
+        self._device.copy_to_host(staged, self._memory[spec.name].address, self._stream)
+        self._stream.synchronize()
+        found: NDArray[Any] = staged.copy()
+        return found
 
     def close(self) -> None:
         """Free everything; the execution context goes before the buffers whose addresses it holds."""
@@ -129,6 +141,23 @@ class Lane:
         self._pinned.clear()
         self._memory.clear()
         self._stream.close()
+
+    def _only_input(self) -> TensorSpec:
+        if len(self._interface.inputs) != 1:
+            names = [spec.name for spec in self._interface.inputs]
+            raise EngineError(f"the engine takes {names}; only one input can be filled on the device")
+        return self._interface.inputs[0]
+
+    def _fill(self, spec: TensorSpec, fills: Sequence[FillInput]) -> None:
+        """Enqueue them; on a failure what was enqueued is waited for, since it reads buffers of the caller's."""
+        address, image_bytes = self._memory[spec.name].address, _image_bytes(spec)
+        try:
+            for index, fill in enumerate(fills):
+                fill(address + index * image_bytes, self._stream)
+        except BaseException:
+            with contextlib.suppress(EdgefoldError):  # the first failure is the better explanation
+                self._stream.synchronize()
+            raise
 
     def _finish(self) -> list[NDArray[Any]]:
         self._enqueue()
@@ -202,6 +231,10 @@ class Lane:
 
     def _refused(self, what: str) -> EngineError:
         return EngineError(f"TensorRT refused {what}{self._last_words()}")
+
+
+def _image_bytes(spec: TensorSpec) -> int:
+    return math.prod(int(size) for size in spec.shape[1:]) * np.dtype(spec.dtype).itemsize
 
 
 def _n_bytes(spec: TensorSpec, largest_batch: int) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from importlib import resources
 from types import TracebackType
@@ -25,14 +26,14 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from engines.tensorrt.device import Device, DeviceMemory, PinnedMemory, Stream
+from engines.tensorrt.device import Device, DeviceMemory, Kernel, PinnedMemory, Stream
 from engines.tensorrt.lane import FillInput
 from engines.tensorrt.nvrtc import CompiledKernels, compile_kernels
 from engines.tensorrt.preprocess_plan import CameraFormat, YuvMatrix, bytes_per_pixel, make_plan
 from pipeline.artifacts import PreprocessSpec
 from pipeline.errors import DataError
 
-__all__ = ["CudaPreprocessor", "DeviceFrame", "preprocess_kernels"]
+__all__ = ["CudaPreprocessor", "DeviceFrame", "LoadedKernels", "preprocess_kernels"]
 
 _SOURCE = "preprocess.cu"
 
@@ -60,6 +61,28 @@ def preprocess_kernels(sm: int) -> CompiledKernels:
     return compile_kernels(source, _SOURCE, sm)
 
 
+class LoadedKernels:
+    """The kernels on one device, each loaded once however many preprocessors use it: a module stays until the device
+    is closed."""
+
+    def __init__(self, device: Device) -> None:
+        """Load nothing yet."""
+        self._device = device
+        self._loaded: dict[str, Kernel] = {}
+
+    def get(self, name: str) -> Kernel:
+        """The kernel `name`; the device's context is current.
+
+        Raises:
+            UnsupportedError: NVRTC is missing or does not know this GPU.
+            EngineError: the device refuses the kernel.
+        """
+        if name not in self._loaded:
+            image = preprocess_kernels(self._device.identity.sm).cubin
+            self._loaded[name] = self._device.load_kernel(image, name)
+        return self._loaded[name]
+
+
 class CudaPreprocessor:
     """Turns frames of one size and format into network inputs. One frame at a time."""
 
@@ -73,6 +96,7 @@ class CudaPreprocessor:
         color: Literal["RGB", "BGR"],
         folded: bool = True,
         yuv: YuvMatrix = "bt601",
+        kernels: LoadedKernels | None = None,
     ) -> None:
         """Compile the kernel and put its plan on the device.
 
@@ -85,6 +109,7 @@ class CudaPreprocessor:
             folded: the graph takes uint8 NHWC pixels (``ModelArtifact.preprocess_folded``); else the kernel also
                 normalizes, to float32 in ``spec.layout``, and `color` must be ``spec.color``.
             yuv: the matrix of NV12 frames, limited range.
+            kernels: of `device`, to share them among preprocessors.
 
         Raises:
             DataError: a format or size that cannot be, or a spec that does not fit the frame.
@@ -103,7 +128,7 @@ class CudaPreprocessor:
         self._memory: DeviceMemory | None = None
         self._frame: tuple[PinnedMemory, DeviceMemory] | None = None
         with device.current():
-            self._kernel = device.load_kernel(preprocess_kernels(device.identity.sm).cubin, self._plan.kernel)
+            self._kernel = (kernels or LoadedKernels(device)).get(self._plan.kernel)
             self._memory = self._uploaded(self._plan.words)
 
     @property
@@ -147,6 +172,42 @@ class CudaPreprocessor:
         Raises:
             DataError: another shape or dtype.
         """
+        self.check(image)
+        pinned, memory = self._frame_buffers(self.frame_bytes)
+        return self.staged(image, pinned, memory)
+
+    def staged(self, image: NDArray[np.uint8], pinned: PinnedMemory, memory: DeviceMemory) -> FillInput:
+        """As `from_host`, through buffers of the caller's, each of `frame_bytes` or more.
+
+        Args:
+            image: copied into `pinned` now; checked by `check`.
+            pinned: kept until the run of the result is over.
+            memory: where the frame lies for the kernel. Fills that run on one stream may share it.
+        """
+        expected, n_bytes = self._image_shape(), self.frame_bytes
+        source = pinned.array[:n_bytes]
+        np.copyto(source.reshape(expected), image)
+        height, width = self._frame_hw
+        pitch = width * bytes_per_pixel(self._format)
+        frame = DeviceFrame(memory.address, pitch, memory.address + height * pitch, pitch)
+
+        def fill(address: int, stream: Stream) -> None:
+            self._device.copy_to_device(memory.address, source, stream)
+            self.enqueue(frame, address, stream)
+
+        return fill
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of a frame whose rows follow one another."""
+        return math.prod(self._image_shape())
+
+    def check(self, image: NDArray[np.uint8]) -> None:
+        """Refuse what is not a frame of the preprocessor's size and format.
+
+        Raises:
+            DataError: another shape or dtype.
+        """
         expected = self._image_shape()
         if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.shape != expected:
             found = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
@@ -154,17 +215,6 @@ class CudaPreprocessor:
                 f"a {self._format} frame is {found}, the preprocessor was made for uint8 {expected}; make another one "
                 "when the camera changes its size"
             )
-        pinned, memory = self._frame_buffers(image.size)
-        np.copyto(pinned.array.reshape(expected), image)
-        height, width = self._frame_hw
-        pitch = width * bytes_per_pixel(self._format)
-        frame = DeviceFrame(memory.address, pitch, memory.address + height * pitch, pitch)
-
-        def fill(address: int, stream: Stream) -> None:
-            self._device.copy_to_device(memory.address, pinned.array, stream)
-            self.enqueue(frame, address, stream)
-
-        return fill
 
     def close(self) -> None:
         """Free the plan and the frame's buffers. Closing again does nothing."""

@@ -19,9 +19,12 @@ import hashlib
 import logging
 import queue
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
 
 from engines.base import Arrays, CheckedRunner, check_options, reason
 from engines.blob_cache import BlobCache, blob_key
@@ -35,6 +38,7 @@ from pipeline.errors import DeviceFaultError, EngineError
 
 __all__ = ["TensorRtRunner"]
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _THROUGHPUT_STREAMS = 2
 _N_LAST_WORDS = 3
@@ -82,6 +86,7 @@ class TensorRtRunner(CheckedRunner):
         except BaseException:
             self._close_device()
             raise
+        self._before_release: list[Callable[[], None]] = []
         interface = self._loaded.interface
         super().__init__(
             api.flavour,
@@ -121,7 +126,42 @@ class TensorRtRunner(CheckedRunner):
         """
         with self._infer_lock:
             self._refuse_if_closed()
-            return self._completed(lambda: self._with_lane(lambda lane: lane.run_filled(fill)))
+            return self._completed(lambda: self._with_lane(lambda lane: lane.run_filled([fill])))
+
+    def submit_filled(self, fills: Sequence[FillInput]) -> Future[Outputs]:
+        """Start a run on a batch whose images are written straight into the engine's input; bounded as `submit`.
+
+        The fills run in the order of the batch, in the thread and on the stream of the run: with two streams or more
+        one request's copies and kernels overlap another one's engine. What they read must stay until the future is done.
+
+        Args:
+            fills: one an image, as `infer_filled` takes it.
+
+        Raises:
+            EngineError: the runner is closed. What `infer_filled` refuses is the future's exception.
+        """
+        taken = tuple(fills)
+        return self._submitted(lambda: lambda: self._with_lane(lambda lane: lane.run_filled(taken)))
+
+    def read_filled(self, fill: FillInput) -> NDArray[Any]:
+        """What `fill` writes for one image, read back from the device: for checks, since it waits.
+
+        Raises:
+            EngineError: the engine has several inputs, or the runner is closed.
+        """
+        with self._infer_lock:
+            self._refuse_if_closed()
+            found: NDArray[Any] = self._guarded(lambda: self._with_lane(lambda lane: lane.read_filled(fill)))
+            return found
+
+    @property
+    def device(self) -> Device:
+        """The GPU, for what fills inputs."""
+        return self._device
+
+    def before_release(self, free: Callable[[], None]) -> None:
+        """Have `free` called by `close`, when no request is under way and the device is still there."""
+        self._before_release.append(free)
 
     def _infer(self, arrays: Arrays) -> Arrays:
         return self._with_lane(lambda lane: lane.run(arrays))
@@ -129,7 +169,7 @@ class TensorRtRunner(CheckedRunner):
     def _start(self, arrays: Arrays) -> Callable[[], Arrays]:
         return lambda: self._infer(arrays)
 
-    def _with_lane(self, run: Callable[[Lane], Arrays]) -> Arrays:
+    def _with_lane(self, run: Callable[[Lane], T]) -> T:
         lane = self._idle.get()
         try:
             with self._device.current():
@@ -143,6 +183,8 @@ class TensorRtRunner(CheckedRunner):
         try:
             if loaded is not None:
                 with contextlib.suppress(DeviceFaultError), self._device.current():
+                    for free in self._before_release:
+                        free()
                     loaded.close()
         finally:
             self._close_device()

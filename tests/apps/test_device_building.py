@@ -12,16 +12,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 from tinted import FACTORY, write_tinted_images
 
 from apps.building import build
 from apps.cli import main
 from apps.device_building import DLA_CACHE_NAME, DLA_GRAPH_NAME, DLA_REPORT_NAME
-from apps.finishing import AUDIT_NAME, FinishOptions, finish
+from apps.emulation import EMULATOR, emulated
+from apps.finishing import AUDIT_NAME, FinishOptions, finish, model_of_candidate
 from apps.plans import Builder, find_builder
 from apps.power_mode import read_power_mode
 from apps.publishing import BuildRequest
+from engines.base import portable_artifact
 from engines.tensorrt.api import TensorRtApi
 from engines.tensorrt.audit import report_from_json
 from engines.tensorrt.calibration_cache import cache_from_text
@@ -29,7 +32,7 @@ from engines.tensorrt.device import DeviceIdentity
 from engines.tensorrt.plan import identify_plan
 from pipeline.artifacts import EngineArtifact, Fingerprint
 from pipeline.bundle import Bundle, open_bundle
-from pipeline.errors import AccuracyGateError, EngineError, UnsupportedError, UsageError
+from pipeline.errors import AccuracyGateError, EngineError, IntegrityError, UnsupportedError, UsageError
 from pipeline.golden_frames import read_golden
 from pipeline.onnx_files import load_model
 from pipeline.validation_result import ValidationResult
@@ -304,7 +307,9 @@ class TestOnTheDevice:
     """The choice among timed candidates. The device is a stand-in; what is built and timed is recorded."""
 
     @pytest.fixture
-    def latency_ms(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    def latency_ms(
+        self, for_jetson: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> dict[str, float]:
         """Candidate to the latency it will be measured at; one that is missing cannot be built."""
         latencies: dict[str, float] = {}
 
@@ -325,6 +330,39 @@ class TestOnTheDevice:
                     out_dir / "model.plan", digest, model.sha256, "tensorrt", fingerprint, portable=False
                 )
 
+        class Loader:
+            """What the plan's graph answers, emulated; with a key ``as:nothing`` nonsense."""
+
+            def load(self, artifact: EngineArtifact, options: Any) -> Any:
+                name = artifact.path.read_bytes().removeprefix(b"ftrt").decode()
+                name = next((key[3:] for key in latencies if key.startswith("as:")), name)
+                deployment = for_jetson.manifest.deployment
+                assert deployment is not None
+                if name == "nothing":
+                    model = dataclasses.replace(
+                        model_of_candidate(for_jetson, deployment.candidates[0]), path=self.blind()
+                    )
+                    model = dataclasses.replace(
+                        model, sha256=hashlib.sha256(model.path.read_bytes()).hexdigest()
+                    )
+                else:
+                    (record,) = (c for c in deployment.candidates if c.name == name)
+                    model = emulated(model_of_candidate(for_jetson, record), tmp_path)
+                found = portable_artifact(model, EMULATOR.name, EMULATOR.fingerprint())
+                return EMULATOR.load(found, options)
+
+            def blind(self) -> Path:
+                """The folded graph with its scores negated."""
+                proto = onnx.load(for_jetson.file("model.onnx"))
+                name = proto.graph.output[0].name
+                for node in proto.graph.node:
+                    for index, output in enumerate(node.output):
+                        if output == name:
+                            node.output[index] = "straight"
+                proto.graph.node.append(onnx.helper.make_node("Neg", ["straight"], [name]))
+                onnx.save(proto, tmp_path / "blind.onnx")
+                return tmp_path / "blind.onnx"
+
         class Record:
             def __init__(self, folder: Path) -> None:
                 self.__dict__.update(json.loads((folder / "plan.json").read_text()))
@@ -339,6 +377,7 @@ class TestOnTheDevice:
         api = TensorRtApi("tensorrt", None, (10, 3, 0), "10.3.0")
         monkeypatch.setattr("apps.plans.TensorRtBackend", Backend)
         monkeypatch.setattr("apps.plans.read_build_record", Record)
+        monkeypatch.setattr("engines.get_backend", lambda name: Loader())
         monkeypatch.setattr("apps.plans.run_alternating", run)
         monkeypatch.setattr("apps.finishing.find_builder", lambda sm, flavour: Builder(api, sm, device))
         return latencies
@@ -357,6 +396,19 @@ class TestOnTheDevice:
         }
         assert finished.bundle.read_bytes("model.plan") == b"ftrtint8"
         assert finished.bundle.manifest.stages[-1].checks["timed"] is True
+
+    def test_a_plan_that_answers_otherwise_is_not_published(
+        self, for_jetson: Bundle, tmp_path: Path, latency_ms: dict[str, float]
+    ) -> None:
+        latency_ms.update({"int8": 1.2})
+        path = copy_of(for_jetson, tmp_path)
+        finished = finish(path, FinishOptions(), quiet)
+        assert finished.bundle.manifest.stages[-1].checks["golden"].startswith("verified 20")
+        latency_ms["as:nothing"] = 0.0
+        before = (path / "manifest.json").read_bytes()
+        with pytest.raises(IntegrityError, match=r"'model.plan'.* answers otherwise than at the build"):
+            finish(path, FinishOptions(), quiet)
+        assert (path / "manifest.json").read_bytes() == before
 
     def test_int8_that_is_no_faster_than_fp16_is_not_published_in_silence(
         self, for_jetson: Bundle, tmp_path: Path, latency_ms: dict[str, float]

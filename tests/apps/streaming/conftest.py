@@ -169,6 +169,32 @@ def open_thread_feed(
     return ThreadFeed(opened, policy, metrics, pace_fps=opened.fps if paced else None, name=source.name or "")
 
 
+def copy_pixels(frame: Frame, row: NDArray[Any]) -> None:
+    row[...] = frame.image
+
+
+class ArrayFeeder:
+    """A `Feeder` whose frames are written by `prepare`, and its batch."""
+
+    def __init__(
+        self, runner: Any, prepare: Callable[[Frame, NDArray[Any]], None], shape: tuple[int, ...]
+    ) -> None:
+        self._runner, self._prepare, self._array = runner, prepare, np.empty(shape, runner.inputs[0].dtype)
+
+    def new_batch(self) -> ArrayFeeder:
+        return ArrayFeeder(self._runner, self._prepare, self._array.shape)
+
+    def engine_input(self, frame: Frame) -> NDArray[Any]:
+        self.put(0, frame)
+        return self._array[:1].copy()
+
+    def put(self, index: int, frame: Frame) -> None:
+        self._prepare(frame, self._array[index])
+
+    def submit(self, n_images: int) -> Future[Outputs]:
+        return self._runner.submit({self._runner.inputs[0].name: self._array[:n_images]})
+
+
 def fake_engine(
     runner: Any,
     *,
@@ -177,9 +203,6 @@ def fake_engine(
     max_batch: int = 1,
 ) -> LoadedEngine:
     """A loaded engine around a fake runner; its bundle is only a name."""
-
-    def copy(frame: Frame, row: NDArray[Any]) -> None:
-        row[...] = frame.image
 
     size = runner.inputs[0].shape[1]
     bundle: Any = type("NamedBundle", (), {"path": Path("fake")})()
@@ -191,7 +214,7 @@ def fake_engine(
         precision="int8",
         file="model.onnx",
         classes=ModelClasses(labels, len(labels)),
-        prepare=prepare or copy,
+        feeder=ArrayFeeder(runner, prepare or copy_pixels, (max_batch, size, size, 3)),
         row_shape=(size, size, 3),
         max_batch=max_batch,
     )

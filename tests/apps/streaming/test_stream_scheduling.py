@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from tolerances import FAIR_SHARE_RTOL
 
 from apps.streaming.engine_slot import EngineSlot
-from apps.streaming.loading import LoadedEngine
 from apps.streaming.reload import Reloader
 from apps.streaming.runtime import LATE, Answer, RuntimeLimits, StreamRuntime
 from apps.streaming.scheduling import TOO_OLD, LatencyBudget, RuntimeFeed
@@ -332,14 +331,14 @@ def test_threads_and_buffers_stay_as_many_as_they_were(
 
     with fake_runner(mean_color) as runner:
         engine = engine_around(runner, max_batch=2)
-        new_batch = LoadedEngine.new_batch
+        new_batch = engine.feeder.new_batch
 
-        def counted(self: LoadedEngine) -> NDArray[Any]:
+        def counted() -> Any:
             nonlocal n_batches
             n_batches += 1
-            return new_batch(self)
+            return new_batch()
 
-        monkeypatch.setattr(LoadedEngine, "new_batch", counted)
+        monkeypatch.setattr(engine.feeder, "new_batch", counted)
         feeds = feeds_of([list_source([RED] * 1500) for _ in range(2)])
         seen = iter(range(10**6))
 
