@@ -9,8 +9,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from apps.calibrating import ReusedTable, check_calibration_options, open_reused
 from apps.console import console
-from apps.publishing import BuildOutcome, BuildRequest, Made, make_manifest, write_report
+from apps.publishing import BuildOutcome, BuildRequest, Made, calibration_tools, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import BundleWriter
 from pipeline.compile import Calibration, Compiled, compile_model
@@ -45,6 +46,15 @@ class Material:
     """For files that do not ship."""
     bundle_dir: Path
     """Where the bundle's files are written; published when all is done."""
+    reused: ReusedTable | None = None
+    """The calibration that is used again instead of a new one."""
+
+    @property
+    def calibration_name(self) -> str:
+        """Of the images that the ranges come from."""
+        if self.reused is not None:
+            return self.reused.dataset_name
+        return "" if self.calibration_data is None else self.calibration_data.name
 
 
 def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
@@ -66,7 +76,9 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             console.print(f"note: {note}", style="yellow", markup=False)
         evaluation = _open_evaluation(request, model)
         model = _with_labels(model, evaluation)
-        material = Material(request, model, _open_calibration(request), evaluation, work_dir, writer.path)
+        calibration_data = _open_calibration(request)
+        reused = open_reused(request, calibration_data)
+        material = Material(request, model, calibration_data, evaluation, work_dir, writer.path, reused)
         if preflight.target.family == "cpu":
             made = _make_for_cpu(material, progress)
         else:
@@ -79,7 +91,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             from calibration.table import table_to_json
 
             writer.add_file("calibration.json", table_to_json(made.table))
-        manifest = make_manifest(request, model, made, material.calibration_data, evaluation)
+        manifest = make_manifest(request, model, made, material.calibration_name, evaluation)
         write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)
     return BuildOutcome(bundle, made.validation, model.notes, made.agreement, made.searched)
@@ -91,7 +103,9 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     request = material.request
     backend = get_backend(request.engine or _CPU_ENGINE)
     calibration, data = None, material.calibration_data
-    if data is not None:
+    if material.reused is not None:
+        calibration = material.reused.calibration("cpu")
+    elif data is not None:
         quantizer, passes = open_quantizer(request, material.model, data, placement="cpu")
         calibration = Calibration(quantizer, passes, data.sha256)
     compiled = compile_model(
@@ -162,11 +176,7 @@ def _check(request: BuildRequest) -> Preflight:
             f"--corrections is for CPU targets: the candidates for {checked.target.name} share their weights with "
             "half precision and are not corrected; leave it out"
         )
-    if request.precision == "int8" and request.calib is None:
-        raise UsageError(
-            "int8 needs images to calibrate on: give --calib DATA (about 128 images like those of the camera), "
-            "or --precision fp32"
-        )
+    check_calibration_options(request)
     if request.dla and request.precision != "int8":
         raise UsageError(f"--dla writes an int8 calibration cache; --precision {request.precision} has none")
     if request.max_drop_points is not None and request.eval_data is None:
@@ -261,11 +271,12 @@ def open_quantizer(
     from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
-        request.calibrator,
+        request.method,
         placement,
         runner_factory=fp32_runner,
         cache_dir=cache_dir("calibration"),
         corrections=parse_corrections(request.corrections),
+        tools=calibration_tools(),
     )
     passes = batches(
         dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES

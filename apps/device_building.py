@@ -19,7 +19,7 @@ from apps.console import console
 from apps.emulation import EMULATOR, emulated
 from apps.finishing import AUDIT_NAME, stage_of_plans
 from apps.plans import Builder, Offer, TimingOptions, find_builder, make_plans
-from apps.publishing import Made, accuracy_summary
+from apps.publishing import Made, accuracy_summary, calibration_tools
 from apps.validating import Reference, subject_of_models, validate_subject
 from engines.tensorrt.audit import report_to_json
 from engines.tensorrt.options import TensorRtOptions
@@ -113,8 +113,13 @@ def _candidates(
     material: Material, folded: ModelArtifact, progress: Progress
 ) -> tuple[Sequence[Candidate], CalibrationTable | None]:
     from calibration.candidates import float_candidate, tensorrt_candidates
+    from calibration.reuse import check_reuse
     from calibration.table import derive_table
 
+    if material.reused is not None:
+        table, reuse = material.reused.table, material.reused.reuse
+        check_reuse(table, folded, reuse)
+        return tensorrt_candidates(folded, table, material.bundle_dir), table
     data = material.calibration_data
     precision = material.request.precision
     if data is None:
@@ -122,7 +127,7 @@ def _candidates(
         return (float_candidate(folded, material.bundle_dir, precision),), None
     quantizer, batches = open_quantizer(material.request, material.model, data, placement="tensorrt")
     statistics, _ = quantizer.statistics(folded, batches, data.sha256, progress)
-    table = derive_table(statistics, material.request.calibrator)
+    table = derive_table(statistics, material.request.method, calibration_tools())
     return tensorrt_candidates(folded, table, material.bundle_dir, statistics=statistics), table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,6 +38,7 @@ class StaticQuantizer:
         runner_factory: RunnerFactory,
         cache_dir: Path | None = None,
         corrections: Collection[str] = (),
+        tools: Mapping[str, str] | None = None,
     ) -> None:
         """Choose how ranges are found and where Q/DQ stand.
 
@@ -47,6 +48,7 @@ class StaticQuantizer:
             runner_factory: makes the fp32 runner the images go through.
             cache_dir: where statistics are kept; ``None``: they are not.
             corrections: of `calibration.correction.CORRECTIONS`; none: weights are rounded to nearest.
+            tools: name to version of what the ranges come from; kept in the table, and part of the cache's key.
 
         Raises:
             UsageError: no such method, placement or correction.
@@ -60,6 +62,7 @@ class StaticQuantizer:
         self.runner_factory = runner_factory
         self._cache_dir = cache_dir
         self._corrections = checked_corrections(corrections)
+        self._tools = dict(tools or {})
 
     def quantize(
         self,
@@ -91,9 +94,10 @@ class StaticQuantizer:
             began = time.perf_counter()
             statistics, from_cache = self.statistics(equalized, batches, dataset_sha256, progress)
             collected = time.perf_counter()
-            table = derive_table(statistics, self._method)
+            table = derive_table(statistics, self._method, self._tools)
             ranged = time.perf_counter()
             corrected, table = corrector.reconstruct(equalized, table)
+            table = dataclasses.replace(table, corrections=tuple(sorted(self._corrections)))
             reconstructed = time.perf_counter()
             quantized, record = apply_table(
                 corrected,
@@ -153,7 +157,7 @@ class StaticQuantizer:
         if self._cache_dir is None:
             return gather(), False
         return StatisticsCache(self._cache_dir).get_or_collect(
-            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), observed, gather
+            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), observed, gather, self._tools
         )
 
 
