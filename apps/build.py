@@ -22,6 +22,7 @@ class _Calibrator(str, Enum):
     percentile = "percentile"
     entropy = "entropy"
     mse = "mse"
+    modelopt = "modelopt"
 
 
 def build_command(
@@ -102,7 +103,10 @@ def build_command(
     precision: Annotated[_Precision, typer.Option(help="Of the engine.")] = _Precision.int8,
     calibrator: Annotated[
         _Calibrator | None,
-        typer.Option(help="How ranges are chosen; percentile if not given.", show_default=False),
+        typer.Option(
+            help="How ranges are chosen; percentile if not given. modelopt: by NVIDIA Model Optimizer, if installed.",
+            show_default=False,
+        ),
     ] = None,
     calibration: Annotated[
         Path | None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
-from apps.calibrating import ReusedTable, check_calibration_options, open_reused
+from apps.calibrating import ReusedTable, check_calibration_options, open_modelopt, open_reused
 from apps.console import console
 from apps.publishing import BuildOutcome, BuildRequest, Made, calibration_tools, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
-__all__ = ["INPUT_COLOR", "Material", "build", "open_quantizer"]
+__all__ = ["INPUT_COLOR", "Material", "build", "open_passes", "open_quantizer"]
 
 INPUT_COLOR: Literal["BGR"] = "BGR"
 """What OpenCV and V4L2 deliver: the frames of a stream need no reordering."""
@@ -105,6 +105,8 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     calibration, data = None, material.calibration_data
     if material.reused is not None:
         calibration = material.reused.calibration("cpu")
+    elif data is not None and request.calibrator == "modelopt":
+        calibration = Calibration(open_modelopt("cpu"), open_passes(material.model, data), data.sha256)
     elif data is not None:
         quantizer, passes = open_quantizer(request, material.model, data, placement="cpu")
         calibration = Calibration(quantizer, passes, data.sha256)
@@ -268,7 +270,6 @@ def open_quantizer(
     from calibration.correction import parse_corrections
     from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
-    from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
         request.method,
@@ -278,10 +279,14 @@ def open_quantizer(
         corrections=parse_corrections(request.corrections),
         tools=calibration_tools(),
     )
-    passes = batches(
-        dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
-    )
-    return quantizer, passes
+    return quantizer, open_passes(model, dataset)
+
+
+def open_passes(model: ResolvedModel, dataset: Dataset) -> Batches:
+    """Passes over calibration images, as the folded graph takes them."""
+    from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
+
+    return batches(dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES)
 
 
 def _report_skipped(dataset: Dataset) -> None:

@@ -16,11 +16,12 @@ from pipeline.compile import Calibration
 from pipeline.errors import DataError, UsageError
 
 if TYPE_CHECKING:
+    from calibration.modelopt import ModelOptQuantizer
     from calibration.reuse import Reuse
     from pipeline.artifacts import CalibrationTable
     from pipeline.contracts import Dataset
 
-__all__ = ["ReusedTable", "check_calibration_options", "open_reused"]
+__all__ = ["ReusedTable", "check_calibration_options", "open_modelopt", "open_reused"]
 
 _TABLE_NAME = "calibration.json"
 _MAX_TABLE_BYTES = 64 << 20
@@ -49,7 +50,10 @@ def check_calibration_options(request: BuildRequest) -> None:
 
     Raises:
         UsageError: names the option.
+        UnsupportedError: Model Optimizer is asked for and not installed.
     """
+    if request.calibrator == "modelopt":
+        _check_modelopt(request)
     if request.calibration is None:
         if request.precision == "int8" and request.calib is None:
             raise UsageError(
@@ -66,6 +70,32 @@ def check_calibration_options(request: BuildRequest) -> None:
             "--meet-budget measures what each layer costs on calibration images, and --calibration looks at none; "
             "give --calib DATA alone"
         )
+
+
+def _check_modelopt(request: BuildRequest) -> None:
+    from calibration.correction import parse_corrections
+    from calibration.modelopt import modelopt_version
+
+    for given, option, reason in (
+        (parse_corrections(request.corrections), "--corrections", "change what its ranges were chosen for"),
+        (request.meet_budget, "--meet-budget", "needs the histograms that Model Optimizer keeps to itself"),
+        (request.calibration is not None, "--calibration", "has ranges already"),
+    ):
+        if given:
+            raise UsageError(f"{option} {reason}; leave it or --calibrator modelopt out")
+    modelopt_version()
+
+
+def open_modelopt(placement: str) -> ModelOptQuantizer:
+    """NVIDIA Model Optimizer as the quantizer.
+
+    Raises:
+        UnsupportedError: it is not installed.
+    """
+    from calibration.modelopt import ModelOptQuantizer
+    from engines.openvino import fp32_runner
+
+    return ModelOptQuantizer(placement, runner_factory=fp32_runner, tools=calibration_tools())
 
 
 def open_reused(request: BuildRequest, dataset: Dataset | None) -> ReusedTable | None:

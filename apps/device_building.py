@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from apps.audit_view import print_dla
-from apps.building import INPUT_COLOR, Material, open_quantizer
+from apps.building import INPUT_COLOR, Material, open_passes, open_quantizer
+from apps.calibrating import open_modelopt
 from apps.console import console
 from apps.emulation import EMULATOR, emulated
 from apps.finishing import AUDIT_NAME, stage_of_plans
@@ -125,6 +126,11 @@ def _candidates(
     if data is None:
         assert precision != "int8", "a build without calibration images is refused before"
         return (float_candidate(folded, material.bundle_dir, precision),), None
+    if material.request.calibrator == "modelopt":
+        table = open_modelopt("tensorrt").table(
+            folded, open_passes(material.model, data), data.sha256, progress
+        )
+        return tensorrt_candidates(folded, table, material.bundle_dir), table
     quantizer, batches = open_quantizer(material.request, material.model, data, placement="tensorrt")
     statistics, _ = quantizer.statistics(folded, batches, data.sha256, progress)
     table = derive_table(statistics, material.request.method, calibration_tools())

@@ -79,7 +79,7 @@ class BuildRequest:
     meet_budget: bool = False
     target: str = "cpu"
     precision: Literal["int8", "fp16", "fp32"] = "int8"
-    calibrator: Literal["minmax", "percentile", "entropy", "mse"] | None = None
+    calibrator: Literal["minmax", "percentile", "entropy", "mse", "modelopt"] | None = None
     """``None``: `DEFAULT_CALIBRATOR`, or the method of `calibration`."""
     calibration: Path | None = None
     """A bundle or a ``calibration.json`` whose ranges are used again."""
