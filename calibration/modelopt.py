@@ -1,6 +1,6 @@
 """NVIDIA Model Optimizer as a quantizer: its calibrators choose the ranges, Edgefold places Q/DQ for each engine.
 
-Theirs are the histograms and the choice of the largest magnitude of each tensor: `HistogramCalibrator` (entropy)
+Theirs are the histograms and the choice of the largest magnitude of each tensor: `HistogramCalibrator` (percentile)
 of ``modelopt.torch.quantization.calib``, on CPU tensors. Ours is everything around it: the fp32 run, which tensors are
 observed, the placement, the weights' scales, which are of each output channel, and the table that every engine's form
 is derived from. So its ranges can be used where its own graphs cannot: those are in TensorRT's form only.
@@ -39,7 +39,8 @@ METHOD = "modelopt"
 """The table's method; its options and the version among its tools say what it is."""
 _PACKAGE = "nvidia-modelopt"
 _MODULE = "modelopt.torch.quantization.calib"
-_ALGORITHM = "entropy"
+_ALGORITHM = "percentile"
+_PERCENT = 99.99
 _BINS = 2048
 _REMEDY = "pip install nvidia-modelopt (without extras), or choose another --calibrator"
 
@@ -170,7 +171,7 @@ class ModelOptQuantizer:
             model_sha256=model.sha256,
             dataset_sha256=dataset_sha256,
             preprocess_sha256=preprocess_sha256(model.preprocess),
-            method_options={"bins": _BINS},
+            method_options={"bins": _BINS, "percent": _PERCENT},
             tools=self._tools,
         )
 
@@ -190,7 +191,7 @@ def modelopt_version() -> str:
 def _magnitude(calibrator: Any, name: str, largest: float) -> float:
     if largest == 0.0:
         return 0.0  # of an empty histogram it would make NaN
-    found = float(calibrator.compute_amax(_ALGORITHM))
+    found = float(calibrator.compute_amax(_ALGORITHM, percentile=_PERCENT))
     if not np.isfinite(found) or found <= 0.0:
         raise CalibrationError(
             f"Model Optimizer found the largest magnitude {found} for tensor {name!r}, whose values reach {largest:g}; "

@@ -265,7 +265,7 @@ def attribution_plot(layers: Sequence[LayerShare]) -> str:
         axes.axvline(0, color=_MUTED, linewidth=1)
         axes.set_yticks(range(len(layers)), [_short(share.layer) for share in layers])
         axes.set_ylim(len(layers) - 0.5, -0.5)
-        axes.set_xlabel("share, %: above of the noise at the logits, below of the flips")
+        axes.set_xlabel("share, %")
 
     return _svg("attribution", len(layers), draw)
 
