@@ -42,7 +42,7 @@ _MODULE = "modelopt.torch.quantization.calib"
 _ALGORITHM = "percentile"
 _PERCENT = 99.99
 _BINS = 2048
-_REMEDY = "pip install nvidia-modelopt (without extras), or choose another --calibrator"
+_REMEDY = "pip install nvidia-modelopt requests (without extras), or choose another --calibrator"
 
 
 class ModelOptQuantizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -311,3 +312,24 @@ def test_a_calibration_that_does_not_fit_is_refused_by_name(
     monkeypatch.setattr("apps.calibrating.calibration_tools", lambda: {"numpy": "0.1"})
     with pytest.raises(IntegrityError, match=r"version of numpy: .* in the table, 0\.1 here"):
         reuse()
+
+
+def test_model_optimizer_is_refused_where_it_cannot_be(
+    model_py: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibration.modelopt.installed_version", lambda name: "0.47.0")
+    for changes, words in (
+        ({"corrections": "bias"}, "--corrections change"),
+        ({"meet_budget": True, "min_agreement_percent": 90.0}, "--meet-budget needs"),
+        ({"calibration": tmp_path}, "--calibration has"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build(request(model_py, images, tmp_path / "b", calibrator="modelopt", **changes), quiet)
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("calibration.modelopt.installed_version", absent)
+    with pytest.raises(UnsupportedError, match="pip install nvidia-modelopt"):
+        build(request(model_py, images, tmp_path / "b", calibrator="modelopt"), quiet)
+    assert not (tmp_path / "b").exists()
