@@ -103,6 +103,7 @@ def bench_command(
     """Measure latency and throughput, int8 against fp32, each engine in a process of its own, in turns."""
     from apps.cache import cache_dir
     from apps.console import print_json
+    from apps.power_mode import read_power_mode
     from pipeline.artifacts import EngineOptions
 
     if trtexec is not None:
@@ -112,9 +113,11 @@ def bench_command(
         return
     options = EngineOptions(mode.value, threads, batch, cache_dir("engines"))
     results, ratios = run_bench(bundle, engine.value, precision.value, options, seconds, rounds)
+    power_mode = read_power_mode()
     if as_json:
         tree = {
             "model": str(bundle),
+            "power_mode": power_mode,
             "mode": mode.value,
             "batch": batch,
             "threads": threads,
@@ -125,7 +128,7 @@ def bench_command(
         }
         print_json(json.dumps(tree, indent=2))
     else:
-        _print(bundle, options, results, ratios)
+        _print(bundle, options, results, ratios, power_mode)
 
 
 def run_bench(
@@ -241,7 +244,13 @@ def _ratios(results: list[BenchResult], *, lower_is_better: bool) -> list[Ratio]
     return ratios
 
 
-def _print(path: Path, options: EngineOptions, results: list[BenchResult], ratios: list[Ratio]) -> None:
+def _print(
+    path: Path,
+    options: EngineOptions,
+    results: list[BenchResult],
+    ratios: list[Ratio],
+    power_mode: str | None,
+) -> None:
     from rich.markup import escape
     from rich.table import Table
 
@@ -249,7 +258,8 @@ def _print(path: Path, options: EngineOptions, results: list[BenchResult], ratio
 
     threads = options.threads or "the engine's choice"
     table = Table(
-        title=escape(f"{path.name}: {options.mode}, batch {options.batch}, threads: {threads}"),
+        title=escape(f"{path.name}: {options.mode}, batch {options.batch}, threads: {threads}")
+        + escape("" if power_mode is None else f", power mode: {power_mode}"),
         title_justify="left",
     )
     table.add_column("engine")

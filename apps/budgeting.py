@@ -21,12 +21,12 @@ from apps.cache import cache_dir
 from apps.console import console
 from apps.validating import Reference, Subject, load_judge, subject_of_models
 from calibration.budget import Budget
-from calibration.quantizer import StaticQuantizer, apply_table
+from calibration.quantizer import Corrected, StaticQuantizer, apply_table
 from calibration.search import Plan, SearchResult, SearchState, search_precision
 from calibration.sensitivity import LayerSensitivity, measure_sensitivity
 from calibration.table import table_sha256
 from engines.measure import make_inputs, run_alternating, time_infer, worker_command
-from pipeline.artifacts import CalibrationTable, EngineArtifact, EngineOptions, ModelArtifact, StageRecord
+from pipeline.artifacts import EngineArtifact, EngineOptions, ModelArtifact, StageRecord
 from pipeline.compile import QUANTIZED_NAME, Compiled
 from pipeline.contracts import Batches, Dataset, EngineBackend, Progress
 from pipeline.errors import DataError
@@ -85,7 +85,7 @@ def meet_budget(
         model: what is built.
         compiled: the build with everything in int8.
         evaluation: the images of the budget.
-        quantizer: what calibrated it; its statistics come from its cache.
+        quantizer: what calibrated and corrected it; it keeps what it made.
         passes: over the calibration images.
         backend: runs and times the plans.
         work_dir: for files that do not ship.
@@ -105,10 +105,18 @@ def meet_budget(
     with ExitStack() as stack:
         images.ask_reference(stack, backend, Reference(model), progress)
     budget.require_images(images.n)
-    statistics, _ = quantizer.statistics(folded, passes, table.dataset_sha256, progress)
-    ranking = measure_sensitivity(folded, table, statistics, passes, quantizer.runner_factory, progress)
-    plans = _Plans(folded, table, subject, backend, images, work_dir)
-    resume = _resume_file(budget, folded, table, evaluation, backend)
+    corrected = quantizer.correct(folded, passes, table.dataset_sha256, progress)
+    ranking = measure_sensitivity(
+        corrected.original,
+        table,
+        corrected.statistics,
+        passes,
+        quantizer.runner_factory,
+        progress,
+        corrected=corrected.model,
+    )
+    plans = _Plans(folded, corrected, subject, backend, images, work_dir)
+    resume = _resume_file(budget, corrected, evaluation, backend)
     kept = resume.load(SearchState)
     result = search_precision(
         ranking,
@@ -120,9 +128,7 @@ def meet_budget(
         keep=lambda state: resume.save(state, ()),
         progress=progress,
     )
-    final, record = apply_table(
-        folded, table, "cpu", compiled.final.path.with_name(QUANTIZED_NAME), result.plan
-    )
+    final, record = plans.write(result.plan, compiled.final.path.with_name(QUANTIZED_NAME))
     confirmed = plans.confirm(result.plan, final)
     resume.remove()
     engine = backend.build(final, final.path.parent, EngineOptions())
@@ -149,13 +155,13 @@ class _Plans:
     def __init__(
         self,
         folded: ModelArtifact,
-        table: CalibrationTable,
+        corrected: Corrected,
         subject: Subject,
         backend: EngineBackend,
         images: BudgetImages,
         work_dir: Path,
     ) -> None:
-        self._folded, self._table, self._subject = folded, table, subject
+        self._folded, self._corrected, self._subject = folded, corrected, subject
         self._backend, self._images, self._work_dir = backend, images, work_dir
 
     def judge(self, plan: Plan) -> Iterator[NDArray[np.int8]]:
@@ -204,28 +210,30 @@ class _Plans:
         medians.setdefault("plan", medians["int8"])
         return medians
 
+    def write(self, plan: Plan, path: Path) -> tuple[ModelArtifact, StageRecord]:
+        """The graph of a plan: corrected where it is in int8, as it was where it stays in float."""
+        made = self._corrected
+        return apply_table(made.original, made.table, "cpu", path, plan, made.model)
+
     def _made(self, plan: Plan, path: Path) -> EngineArtifact:
-        model, _ = apply_table(self._folded, self._table, "cpu", path, plan)
+        model, _ = self.write(plan, path)
         return EngineArtifact(
             path, model.sha256, model.sha256, self._backend.name, self._backend.fingerprint()
         )
 
 
 def _resume_file(
-    budget: Budget,
-    folded: ModelArtifact,
-    table: CalibrationTable,
-    evaluation: Dataset,
-    backend: EngineBackend,
+    budget: Budget, corrected: Corrected, evaluation: Dataset, backend: EngineBackend
 ) -> ResumeFile:
     """Where the judgements are kept, under the digest of everything that they depend on."""
     engine = backend.fingerprint()
     key = {
         "budget": f"{budget.kind} {budget.limit!r}",
-        "model": folded.sha256,
-        "calibration table": table_sha256(table),
+        "model": corrected.original.sha256,
+        "corrected model": corrected.model.sha256,
+        "calibration table": table_sha256(corrected.table),
         "images": evaluation.sha256,
-        "preprocessing": preprocess_sha256(folded.preprocess),
+        "preprocessing": preprocess_sha256(corrected.original.preprocess),
         "engine": f"{engine.engine} {engine.version} {engine.device} {' '.join(engine.capabilities)}",
     }
     digest = hashlib.sha256("\0".join(key.values()).encode()).hexdigest()

@@ -117,13 +117,12 @@ def build_command(
         ),
     ] = None,
     corrections: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="What is done against the loss, for more time: equalize, ranges, bias, adaround, with commas between. "
-            "ranges,bias,adaround paid on every network measured.",
-            show_default=False,
+            help="What is done against the loss: auto (bias, and adaround where its estimate stays below a minute), "
+            "none, or equalize, ranges, bias, adaround, with commas between."
         ),
-    ] = None,
+    ] = "auto",
     calib_limit: Annotated[int, typer.Option(min=1, help="At most this many images of --calib.")] = 128,
     eval_limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many images of --eval.", show_default=False)

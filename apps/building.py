@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from apps.calibrating import ReusedTable, check_calibration_options, open_modelopt, open_reused
 from apps.console import console
+from apps.golden import add_golden
 from apps.publishing import BuildOutcome, BuildRequest, Made, calibration_tools, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import BundleWriter
@@ -91,6 +92,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             from calibration.table import table_to_json
 
             writer.add_file("calibration.json", table_to_json(made.table))
+        add_golden(writer, made, work_dir)
         manifest = make_manifest(request, model, made, material.calibration_name, evaluation)
         write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)
@@ -108,7 +110,7 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     elif data is not None and request.calibrator == "modelopt":
         calibration = Calibration(open_modelopt("cpu"), open_passes(material.model, data), data.sha256)
     elif data is not None:
-        quantizer, passes = open_quantizer(request, material.model, data, placement="cpu")
+        quantizer, passes = open_quantizer(material, data, placement="cpu")
         calibration = Calibration(quantizer, passes, data.sha256)
     compiled = compile_model(
         material.model,
@@ -171,13 +173,7 @@ def _check(request: BuildRequest) -> Preflight:
         raise UsageError(
             f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
         )
-    if parse_corrections(request.corrections) and request.meet_budget:
-        raise UsageError("--meet-budget searches among layers without corrections; leave --corrections out")
-    if request.corrections is not None and checked.target.family != "cpu":
-        raise UsageError(
-            f"--corrections is for CPU targets: the candidates for {checked.target.name} share their weights with "
-            "half precision and are not corrected; leave it out"
-        )
+    parse_corrections(request.corrections)
     check_calibration_options(request)
     if request.dla and request.precision != "int8":
         raise UsageError(f"--dla writes an int8 calibration cache; --precision {request.precision} has none")
@@ -262,9 +258,7 @@ def _open_calibration(request: BuildRequest) -> Dataset | None:
     return dataset
 
 
-def open_quantizer(
-    request: BuildRequest, model: ResolvedModel, dataset: Dataset, placement: str
-) -> tuple[StaticQuantizer, Batches]:
+def open_quantizer(material: Material, dataset: Dataset, placement: str) -> tuple[StaticQuantizer, Batches]:
     """The quantizer that the request names, and the passes over its images."""
     from apps.cache import cache_dir
     from calibration.correction import parse_corrections
@@ -272,14 +266,15 @@ def open_quantizer(
     from engines.openvino import fp32_runner
 
     quantizer = StaticQuantizer(
-        request.method,
+        material.request.method,
         placement,
         runner_factory=fp32_runner,
         cache_dir=cache_dir("calibration"),
-        corrections=parse_corrections(request.corrections),
+        corrections=parse_corrections(material.request.corrections),
         tools=calibration_tools(),
+        work_dir=material.work_dir,
     )
-    return quantizer, open_passes(model, dataset)
+    return quantizer, open_passes(material.model, dataset)
 
 
 def open_passes(model: ResolvedModel, dataset: Dataset) -> Batches:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from apps.console import console
 from apps.publishing import BuildRequest, calibration_tools
 from pipeline.bundle import open_bundle
 from pipeline.compile import Calibration
@@ -73,17 +74,23 @@ def check_calibration_options(request: BuildRequest) -> None:
 
 
 def _check_modelopt(request: BuildRequest) -> None:
-    from calibration.correction import parse_corrections
     from calibration.modelopt import modelopt_version
 
     for given, option, reason in (
-        (parse_corrections(request.corrections), "--corrections", "change what its ranges were chosen for"),
+        (_named_corrections(request), "--corrections", "change what its ranges were chosen for"),
         (request.meet_budget, "--meet-budget", "needs the histograms that Model Optimizer keeps to itself"),
         (request.calibration is not None, "--calibration", "has ranges already"),
     ):
         if given:
             raise UsageError(f"{option} {reason}; leave it or --calibrator modelopt out")
     modelopt_version()
+
+
+def _named_corrections(request: BuildRequest) -> frozenset[str]:
+    """The corrections that were asked for by name; where there are no images to correct by, ``auto`` is none."""
+    from calibration.correction import AUTO, parse_corrections
+
+    return frozenset(parse_corrections(request.corrections)) - {AUTO}
 
 
 def open_modelopt(placement: str) -> ModelOptQuantizer:
@@ -116,7 +123,7 @@ def open_reused(request: BuildRequest, dataset: Dataset | None) -> ReusedTable |
     path = request.calibration
     if path is None:
         return None
-    if parse_corrections(request.corrections):
+    if _named_corrections(request):
         raise UsageError(
             f"--corrections {request.corrections} looks at images, and --calibration at none; give --calib DATA alone"
         )
@@ -137,8 +144,17 @@ def open_reused(request: BuildRequest, dataset: Dataset | None) -> ReusedTable |
         tools=calibration_tools(),
         method=request.calibrator,
         dataset_sha256=None if dataset is None else dataset.sha256,
+        without_corrections=not parse_corrections(request.corrections),
     )
-    return ReusedTable(table_from_json(data), reuse, name)
+    table = table_from_json(data)
+    if table.corrections and reuse.without_corrections:
+        console.print(
+            f"note: the build of {reuse.source} was corrected ({', '.join(table.corrections)}); no table holds the "
+            "weights that this changed, and they are rounded to nearest here",
+            style="yellow",
+            markup=False,
+        )
+    return ReusedTable(table, reuse, name)
 
 
 def _read_table(path: Path) -> bytes:

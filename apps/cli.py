@@ -21,6 +21,7 @@ from apps.doctor import doctor_command
 from apps.estimate import estimate_command
 from apps.finish import finish_command
 from apps.inspect import inspect_command
+from apps.service import service_command
 from apps.stream import stream_command
 from apps.targets import targets_command
 from apps.train import train_command
@@ -58,6 +59,7 @@ def _root(
 app.command("build")(build_command)
 app.command("validate")(validate_command)
 app.command("stream")(stream_command)
+app.command("service")(service_command)
 app.command("finish")(finish_command)
 app.command("inspect")(inspect_command)
 app.command("bench")(bench_command)

@@ -33,6 +33,7 @@ def demo_command(
     from apps.console import console, progress_display
     from apps.publishing import BuildRequest, print_build
     from apps.stream import print_summary
+    from apps.streaming.config import SourceConfig, StreamConfig
     from apps.streaming.display import choose_display
     from apps.streaming.session import run_stream
 
@@ -49,10 +50,12 @@ def demo_command(
     print_build(outcome)
     console.rule(f"[bold]2 of 3: {seconds:g} seconds of a camera", align="left")
     summary = run_stream(
-        outcome.bundle,
-        _STREAM,
-        headless=True,
-        max_seconds=seconds,
+        StreamConfig(
+            bundle=outcome.bundle.path,
+            sources=(SourceConfig(_STREAM),),
+            headless=True,
+            max_seconds=seconds,
+        ),
         cache_dir=cache_dir("engines"),
         display=choose_display("demo", as_json=False),
     )

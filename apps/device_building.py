@@ -20,7 +20,7 @@ from apps.console import console
 from apps.emulation import EMULATOR, emulated
 from apps.finishing import AUDIT_NAME, stage_of_plans
 from apps.plans import Builder, Offer, TimingOptions, find_builder, make_plans
-from apps.publishing import Made, accuracy_summary, calibration_tools
+from apps.publishing import Made, accuracy_summary
 from apps.validating import Reference, subject_of_models, validate_subject
 from engines.tensorrt.audit import report_to_json
 from engines.tensorrt.options import TensorRtOptions
@@ -60,7 +60,7 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         input_color=INPUT_COLOR,
         progress=progress,
     )
-    candidates, table = _candidates(material, prepared.folded, progress)
+    candidates, calibrated, table = _candidates(material, prepared.folded, progress)
     records, validation = _judge_all(material, prepared.folded, candidates, progress)
     offers = [
         Offer(record, candidate.model)
@@ -78,7 +78,7 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         notes=preflight.notes,
     )
     if material.request.dla and table is not None:
-        _write_dla_files(material, prepared.folded, table, preflight)
+        _write_dla_files(material, calibrated, table, preflight)
     made = Made(offers[0].model, table, validation, None, deployment)
     try:
         builder = find_builder(target.sm)
@@ -94,7 +94,10 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
 def _write_dla_files(
     material: Material, folded: ModelArtifact, table: CalibrationTable, preflight: Preflight
 ) -> None:
-    """A graph without Q/DQ, the calibration cache for it, and what of it a DLA would not run."""
+    """A graph without Q/DQ, the calibration cache for it, and what of it a DLA would not run.
+
+    The weights are those before the corrections: TensorRT rounds them for a DLA, on grids of its own.
+    """
     from calibration.tensorrt_form import TensorRTForms
     from engines.tensorrt.calibration_cache import cache_to_text, make_cache
     from engines.tensorrt.dla import report_dla
@@ -112,29 +115,35 @@ def _write_dla_files(
 
 def _candidates(
     material: Material, folded: ModelArtifact, progress: Progress
-) -> tuple[Sequence[Candidate], CalibrationTable | None]:
+) -> tuple[Sequence[Candidate], ModelArtifact, CalibrationTable | None]:
+    """The graphs to be timed, and what they were calibrated as: the model and the ranges, before corrections."""
     from calibration.candidates import float_candidate, tensorrt_candidates
-    from calibration.reuse import check_reuse
-    from calibration.table import derive_table
+    from calibration.reuse import check_reuse, ranges_alone
 
     if material.reused is not None:
-        table, reuse = material.reused.table, material.reused.reuse
-        check_reuse(table, folded, reuse)
-        return tensorrt_candidates(folded, table, material.bundle_dir), table
+        check_reuse(material.reused.table, folded, material.reused.reuse)
+        table = ranges_alone(material.reused.table)
+        return tensorrt_candidates(folded, table, material.bundle_dir), folded, table
     data = material.calibration_data
     precision = material.request.precision
     if data is None:
         assert precision != "int8", "a build without calibration images is refused before"
-        return (float_candidate(folded, material.bundle_dir, precision),), None
+        return (float_candidate(folded, material.bundle_dir, precision),), folded, None
     if material.request.calibrator == "modelopt":
         table = open_modelopt("tensorrt").table(
             folded, open_passes(material.model, data), data.sha256, progress
         )
-        return tensorrt_candidates(folded, table, material.bundle_dir), table
-    quantizer, batches = open_quantizer(material.request, material.model, data, placement="tensorrt")
-    statistics, _ = quantizer.statistics(folded, batches, data.sha256, progress)
-    table = derive_table(statistics, material.request.method, calibration_tools())
-    return tensorrt_candidates(folded, table, material.bundle_dir, statistics=statistics), table
+        return tensorrt_candidates(folded, table, material.bundle_dir), folded, table
+    quantizer, batches = open_quantizer(material, data, placement="tensorrt")
+    made = quantizer.correct(folded, batches, data.sha256, progress)
+    candidates = tensorrt_candidates(
+        made.original,
+        made.table,
+        material.bundle_dir,
+        statistics=made.statistics,
+        corrected=made.model,
+    )
+    return candidates, made.original, made.table
 
 
 def _judge_all(

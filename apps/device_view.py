@@ -27,6 +27,9 @@ def print_deployment(manifest: Manifest, console: Console) -> None:
             "Accuracy is emulated: drop of top-1 in points, of the same graph computed on the CPU as it is written. "
             "!: past the budget"
         )
+    modes = [stage.checks.get("power_mode") for stage in manifest.stages if stage.stage == "plan"]
+    if deployment.measurements and modes and modes[-1] is not None:
+        console.print(f"timed in power mode {modes[-1]}", style="dim", markup=False)
     for note in deployment.notes:
         console.print(f"note: {note}", style="yellow", markup=False)
     if manifest.engine is None:

@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Literal
 
 from apps.plans import Builder, Offer, Plans, TimingOptions, find_builder, make_plans
+from apps.power_mode import read_power_mode
 from engines.tensorrt.api import Flavour
 from engines.tensorrt.audit import report_to_json
 from engines.tensorrt.backend import PLAN_SIDE_FILES
@@ -130,6 +131,7 @@ def stage_of_plans(plans: Plans, seconds: float) -> StageRecord:
             "backend": plans.engine.backend,
             "candidate": plans.chosen.name,
             "timed": all(measurement.p50_ms is not None for measurement in plans.measurements),
+            "power_mode": read_power_mode(),
             "audit": audit.source,
             "precisions": dict(audit.precisions),
             "adds_fused": [audit.adds.clean, audit.adds.total],

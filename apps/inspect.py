@@ -57,6 +57,14 @@ def inspect_command(
             help="Tell what a Jetson's DLA would leave to the GPU, of a bundle or a folded file.onnx.",
         ),
     ] = False,
+    check: Annotated[
+        bool,
+        typer.Option(
+            "--check",
+            help="Instead, take a bundle's golden frames through preprocessing and engine here, and say what differs "
+            "from the build (exit 5).",
+        ),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Show a model before and after folding: operators, parameters, MACs, what each pass did and why not.
@@ -64,6 +72,9 @@ def inspect_command(
     Of a graph for TensorRT, and of a bundle that holds one: what TensorRT fuses, in which precision, and what
     is left to mend.
     """
+    if check:
+        _check(Path(model), json_output)
+        return
     from apps.console import print_json, progress_display
     from pipeline.inspection import inspect_bundle, inspect_onnx, inspect_resolved
 
@@ -98,6 +109,19 @@ def inspect_command(
     else:
         _print(inspection)
         _show_audits(bound, json_output=False)
+
+
+def _check(path: Path, json_output: bool) -> None:
+    from apps.cache import cache_dir
+    from apps.console import console, print_json
+    from apps.golden import check_bundle
+    from pipeline.bundle import open_bundle
+
+    report = check_bundle(open_bundle(path), cache_dir("engines"))
+    if json_output:
+        print_json(json.dumps(report.to_json(), indent=2))
+    else:
+        console.print(report.summary(), markup=False, soft_wrap=True)
 
 
 def _graphs(path: Path) -> tuple[ir.Model | None, dict[str, ir.Model]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from apps.console import console
+from apps.corrections_view import print_corrections
 from apps.device_view import print_deployment
 from pipeline.artifacts import CalibrationTable, ModelArtifact
 from pipeline.bundle import Bundle, BundleWriter
@@ -83,8 +84,8 @@ class BuildRequest:
     """``None``: `DEFAULT_CALIBRATOR`, or the method of `calibration`."""
     calibration: Path | None = None
     """A bundle or a ``calibration.json`` whose ranges are used again."""
-    corrections: str | None = None
-    """Names with commas between; ``none`` or ``None``: none of them."""
+    corrections: str = "auto"
+    """``auto``: those that pay; names with commas between; ``none``."""
     calib_limit: int = 128
     eval_limit: int | None = None
     input_size: int | None = None
@@ -128,6 +129,7 @@ class BuildOutcome:
                 "accuracy": dataclasses.asdict(manifest.accuracy) if manifest.accuracy else None,
                 "agreement": None if self.agreement is None else self.agreement.to_json(),
                 "search": next((s.checks for s in manifest.stages if s.stage == "search"), None),
+                "corrections": next((s.checks for s in manifest.stages if s.stage == "correct"), None),
                 "stages": [{"stage": s.stage, "seconds": s.seconds} for s in manifest.stages],
                 "files": {name: record.size_bytes for name, record in manifest.files.items()},
                 "notes": list(self.notes),
@@ -194,6 +196,7 @@ def print_build(outcome: BuildOutcome) -> None:
     for stage in manifest.stages:
         table.add_row(stage.stage, f"{stage.seconds:.1f}")
     console.print(table)
+    print_corrections(manifest, console)
     if outcome.validation is not None:
         print_validation(outcome.validation, console)
     if outcome.agreement is not None:

@@ -9,6 +9,9 @@ in OpenVINO, ONNX Runtime's and Model Optimizer's in ONNX Runtime. What is compa
 the fp32 graph. ``ours, fp32 weights`` is our int8 graph with the weights left in float32: what any treatment of the
 weights could reach at most if it did not also make up for the activations.
 
+Then the models of the first fold run again for their latency, batch 1, each in its own engine and in a process of its
+own, in turns (`harness.run_rounds`). Medians count on a quiet machine only; goal: ours no slower than any peer's.
+
 NNCF and ONNX Runtime run in ``--peer-python`` (default: this one), Model Optimizer in ``--modelopt-python`` and is
 left out without it. Writes benchmarks/results/accuracy_peers.json.
 """
@@ -31,7 +34,8 @@ import numpy as np
 OURS = "ours"
 FLOAT_WEIGHTS = "ours, fp32 weights"
 _OURS = {
-    OURS: "ranges,bias,adaround",
+    OURS: "auto",
+    "ours, ranges too": "ranges,bias,adaround",
     "ours, uncorrected": "none",
     "ours, all corrections": "equalize,ranges,bias,adaround",
 }
@@ -44,6 +48,7 @@ _PEERS = {
     "Model Optimizer entropy": ("modelopt", "entropy"),
     "Model Optimizer max": ("modelopt", "max"),
 }
+_ENGINES = {"ours": "openvino", "nncf": "openvino", "onnxruntime": "onnxruntime", "modelopt": "onnxruntime"}
 GOAL_ABOVE_PEERS_DB = 2.0
 GOAL_BELOW_FLOAT_WEIGHTS_DB = 0.5
 
@@ -58,11 +63,17 @@ def main() -> None:
     parser.add_argument(
         "--keep", type=Path, help="folder for models and logits; what is there is not made again"
     )
+    parser.add_argument("--rounds", type=int, default=11, help="of the latencies; 0: they are not measured")
+    parser.add_argument("--seconds", type=float, default=5.0, help="each process measures")
     parser.add_argument("--name", default="accuracy_peers", help="of the JSON")
+    parser.add_argument("--time", nargs=2, metavar=("ENGINE", "MODEL"), help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=3, metavar=("TOOL", "VARIANT", "FOLD"), help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.worker is not None:
         print(json.dumps(work(given.keep, *given.worker)))
+        return
+    if given.time is not None:
+        print(json.dumps(time_model(given.keep, given.time[0], Path(given.time[1]), given.seconds)))
         return
     if given.photographs is None:
         parser.error("--photographs DIR is needed")
@@ -79,7 +90,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     if not (folder / "images_float.npy").exists():
         prepare(given.photographs, folder)
     tools = {name: (sys.executable, "ours", text) for name, text in _OURS.items()}
-    tools[FLOAT_WEIGHTS] = (sys.executable, "float_weights", "default")
+    tools[FLOAT_WEIGHTS] = (sys.executable, "float_weights", _OURS[OURS])
     for name, (tool, variant) in _PEERS.items():
         python = given.modelopt_python if tool == "modelopt" else given.peer_python
         if python is None:
@@ -110,8 +121,32 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
         print(name, json.dumps(results["candidates"][name]), file=sys.stderr, flush=True)
     results["fp32_top1"] = float((fp32.argmax(1) == labels).mean())
     results["goals"] = _goals(results["candidates"], agree)
+    if given.rounds:
+        timed = {name: tool for name, tool in tools.items() if name != FLOAT_WEIGHTS}
+        results["latency"] = _latencies(folder, timed, given.rounds, given.seconds)
     print(json.dumps(results["goals"], indent=2))
     print(f"written: {write_results(given.name, results)}", file=sys.stderr)
+
+
+def _latencies(
+    folder: Path, tools: dict[str, tuple[str, str, str]], rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Medians by tool, and ours over each other's, in paired rounds."""
+    from harness import paired_ratio, run_rounds
+
+    commands = {}
+    for name, (python, tool, variant) in tools.items():
+        model = json.loads(_report(folder, tool, variant, "0").read_text())["model"]
+        script = [python, __file__, "--keep", str(folder), "--seconds", str(seconds)]
+        commands[name] = [*script, "--time", _ENGINES[tool], model]
+    found = {name: [run["p50_ms"] for run in runs] for name, runs in run_rounds(commands, rounds).items()}
+    return {
+        "rounds_p50_ms": found,
+        "p50_ms": {name: float(np.median(values)) for name, values in found.items()},
+        "ours_over": {
+            name: paired_ratio(found[OURS], values) for name, values in found.items() if name != OURS
+        },
+    }
 
 
 def _goals(candidates: dict[str, Any], agree: dict[str, Any]) -> dict[str, Any]:
@@ -191,6 +226,7 @@ def work(folder: Path, tool: str, variant: str, fold: str) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
     run, extra = quantize(folder, images[first::2], variant, out)
     report = {
+        "model": next((str(path) for path in map(out.with_suffix, (".xml", ".onnx")) if path.exists()), None),
         "wall_seconds": time.perf_counter() - wall,
         "cpu_seconds": time.process_time() - cpu,
         **extra,
@@ -199,6 +235,23 @@ def work(folder: Path, tool: str, variant: str, fold: str) -> dict[str, Any]:
     logits = [np.array(run(np.ascontiguousarray(judged[i : i + 1]))) for i in range(len(judged))]
     np.save(_logits_file(folder, tool, variant, fold), np.concatenate(logits))
     return report
+
+
+def time_model(folder: Path, engine: str, path: Path, seconds: float) -> dict[str, float]:
+    """Median latency of one photograph after another, after a fifth of the time to warm up."""
+    run = {"openvino": _in_openvino, "onnxruntime": _in_onnxruntime}[engine](path)
+    kind = "uint8" if path.name.startswith("model-ours") else "float"
+    images = np.load(folder / f"images_{kind}.npy", mmap_mode="r")
+    latencies_s: list[float] = []
+    began = time.perf_counter()
+    while time.perf_counter() - began < 1.2 * seconds:
+        image = np.ascontiguousarray(images[len(latencies_s) % len(images)][None])
+        start = time.perf_counter()
+        run(image)
+        latencies_s.append(time.perf_counter() - start)
+        if start - began < 0.2 * seconds:
+            latencies_s.clear()
+    return {"p50_ms": 1e3 * float(np.median(latencies_s))}
 
 
 def _fp32(folder: Path, images: Any, variant: str, out: Path) -> tuple[Any, dict[str, Any]]:
@@ -220,15 +273,16 @@ def _ours(folder: Path, images: Any, variant: str, out: Path) -> tuple[Any, dict
     from calibration.table import table_to_json
 
     path = out.with_suffix(".onnx")
-    _, table, record = _quantizer(variant).quantize(
+    quantized, table, _ = _quantizer(variant).quantize(
         artifact(folder / "model.onnx"), lambda: _singly(images), "0" * 64, path, lambda *_: None
     )
     path.with_suffix(".table.json").write_bytes(table_to_json(table))
-    undone = sum(entry[4] == "undone" for entry in record.checks["corrected_layers"])
+    made = next((record.checks for record in quantized.history if record.stage == "correct"), None)
+    layers = [] if made is None else made["corrected_layers"]
     return _in_openvino(path), {
-        "corrections": record.checks["corrections"],
-        "made": len(record.checks["corrected_layers"]),
-        "undone": undone,
+        "corrections": [] if made is None else made["corrections"],
+        "made": len(layers),
+        "undone": sum(entry[4] == "undone" for entry in layers),
     }
 
 

@@ -3,7 +3,8 @@
     python benchmarks/accuracy_tensorrt.py --calib DIR/train --data DIR/test
         [--model inception_resnet_lite.cifar10] [--calibrators percentile mse] [--images 128] [--limit N]
 
-Each candidate (`calibration.candidates`) is judged beside fp32 on the same images: its graph is widened to
+Candidates are made as `edgefold build` makes them, with its default corrections, and once without any. Each
+candidate (`calibration.candidates`) is judged beside fp32 on the same images: its graph is widened to
 float32 with the constants it ships (`pipeline.passes.half_precision.widen`) and run by ONNX Runtime. Emulated
 means: the int8 grids and the rounded constants are the engine's, the order of sums and float16 rounding between
 the Q/DQ are not. Writes benchmarks/results/accuracy_tensorrt.json.
@@ -12,6 +13,7 @@ the Q/DQ are not. Writes benchmarks/results/accuracy_tensorrt.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -22,8 +24,8 @@ from typing import Any
 from harness import machine_stamp, write_results
 
 from calibration.candidates import Candidate, tensorrt_candidates
+from calibration.correction import AUTO
 from calibration.quantizer import StaticQuantizer
-from calibration.table import derive_table
 from engines.onnxruntime import fp32_runner
 from engines.openvino import fp32_runner as calibration_runner
 from pipeline.artifacts import ModelArtifact
@@ -57,23 +59,33 @@ def main() -> None:
         "calibration_images": arguments.images,
         "calibrators": {},
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         resolved = resolve_model(arguments.model, weights=None)
         model, _ = fold(export_resolved(resolved, folder / "exported.onnx"), folder / "model.onnx")
         images = open_dataset(arguments.calib, limit=arguments.images)
         passes = batches(images, model.preprocess, model.input_color, 32)
-        quantizer = StaticQuantizer(runner_factory=calibration_runner)
         reference: dict[tuple[str, ...], Any] = {}
-        statistics, _ = quantizer.statistics(model, passes, images.sha256, lambda *_: None)
-        for calibrator in arguments.calibrators:
-            out = folder / calibrator
+        for calibrator, corrections in itertools.product(arguments.calibrators, ((AUTO,), ())):
+            name = calibrator if corrections else f"{calibrator}, uncorrected"
+            out = folder / name
             out.mkdir()
-            table = derive_table(statistics, calibrator)
-            results["calibrators"][calibrator] = judged = {}
-            for candidate in tensorrt_candidates(model, table, out, statistics=statistics):
+            quantizer = StaticQuantizer(
+                calibrator,
+                "tensorrt",
+                runner_factory=calibration_runner,
+                cache_dir=folder / "statistics",
+                corrections=corrections,
+                work_dir=out,
+            )
+            made = quantizer.correct(model, passes, images.sha256, lambda *_: None)
+            candidates = tensorrt_candidates(
+                made.original, made.table, out, statistics=made.statistics, corrected=made.model
+            )
+            results["calibrators"][name] = judged = {}
+            for candidate in candidates:
                 judged[candidate.name] = _judge(model, candidate, arguments.data, arguments.limit, reference)
-                print(calibrator, candidate.name, json.dumps(judged[candidate.name]), file=sys.stderr)
+                print(name, candidate.name, json.dumps(judged[candidate.name]), file=sys.stderr)
     print(write_results("accuracy_tensorrt", results))
 
 

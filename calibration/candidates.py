@@ -10,6 +10,9 @@ differ, all of it from one calibration:
   read as well;
 * ``fp16`` (or ``bf16``): no int8 at all; what int8 has to beat.
 
+A model is corrected once, with every layer in int8 as the first candidate has them: the others differ from it in few
+layers, which get their own weights back where they stay in half precision. Each candidate is then judged as it is.
+
 A candidate that would be the same as another is not made.
 """
 
@@ -65,6 +68,7 @@ def tensorrt_candidates(
     *,
     statistics: TensorStatistics | None = None,
     remainder: HalfType | None = None,
+    corrected: ModelArtifact | None = None,
 ) -> tuple[Candidate, ...]:
     """Write the candidates for `model` as ``model.NAME.onnx`` into `out_dir`.
 
@@ -75,6 +79,7 @@ def tensorrt_candidates(
         statistics: what `table` was derived from. Without it nobody knows which layers lose most, and
             there is no ``int8-mixed``.
         remainder: the type of what is not int8; ``None``: float16 unless something overflows in it.
+        corrected: `model` with the weights and biases of the layers in int8 (`calibration.quantizer.Corrected.model`).
 
     Returns:
         Two to four candidates, ``int8`` first.
@@ -89,7 +94,7 @@ def tensorrt_candidates(
             f"the calibration table was derived from statistics {table.statistics_sha256}, not from "
             f"{statistics_sha256(statistics)}; derive it again"
         )
-    forms = TensorRTForms(model, table, remainder)
+    forms = TensorRTForms(model, table, remainder, corrected=corrected)
     everywhere = forms.placement()
 
     def path(name: str) -> Path:

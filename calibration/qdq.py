@@ -125,7 +125,7 @@ class _Inserter:
         self._graph.insert_before(self._graph[0], node)
         queue = [real]
         for value in queue:  # grows while it is walked
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: clones of a graph share theirs
             self._params[value.name or ""] = _PIXEL
             for consumer, _ in list(value.uses()):
                 if consumer.op_type == "Cast":

@@ -4,6 +4,9 @@ A table is a few numbers, and they fit any network with the same tensor names: n
 other weights, other images or a decoder that decodes otherwise, the engine only answers worse. (TensorRT's
 calibration cache is such a file, and stale ones are a known trap: TensorRT#3137, #1378.) So a table carries what
 it was made from, and everything that can be compared is.
+
+Corrections change weights and biases, which no table holds: a build that was corrected is not had again from its
+table. Its ranges are, where that is asked for: all but equalization leave the model they were measured on as it was.
 """
 
 from __future__ import annotations
@@ -21,7 +24,12 @@ from pipeline.contracts import Batches, Progress
 from pipeline.errors import IntegrityError
 from pipeline.preprocess import preprocess_sha256
 
-__all__ = ["Reuse", "TableQuantizer", "check_reuse"]
+__all__ = ["Reuse", "TableQuantizer", "check_reuse", "ranges_alone"]
+
+_IN_THE_RANGES = frozenset({"ranges"})
+"""Corrections that a table shows, since they chose its ranges."""
+_IN_THE_MODEL = frozenset({"equalize"})
+"""Corrections made before ranges are measured: the ranges are of the model they left."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,8 @@ class Reuse:
     """The method asked for; ``None``: the table's."""
     dataset_sha256: str | None = None
     """Of the images given besides; ``None``: there are none to compare."""
+    without_corrections: bool = False
+    """Whether the ranges are wanted without the corrections that were made."""
 
 
 def check_reuse(table: CalibrationTable, model: ModelArtifact, reuse: Reuse) -> None:
@@ -50,18 +60,19 @@ def check_reuse(table: CalibrationTable, model: ModelArtifact, reuse: Reuse) -> 
         IntegrityError: names every field that differs, with the table's value and the one here.
     """
     method = reuse.method or table.method
+    equalized = not _IN_THE_MODEL.isdisjoint(table.corrections)
     here: dict[str, object] = {
         "model": model.sha256,
         "preprocessing": preprocess_sha256(model.preprocess),
         "method": method,
-        "corrections": (),
     }
     there: dict[str, object] = {
         "model": table.model_sha256,
         "preprocessing": table.preprocess_sha256,
         "method": table.method,
-        "corrections": table.corrections,
     }
+    if equalized or not reuse.without_corrections:
+        here["corrections"], there["corrections"] = (), table.corrections
     if reuse.dataset_sha256 is not None:
         here["images"], there["images"] = reuse.dataset_sha256, table.dataset_sha256
     if method == table.method and method in METHODS:
@@ -80,13 +91,27 @@ def check_reuse(table: CalibrationTable, model: ModelArtifact, reuse: Reuse) -> 
     if differences:
         raise IntegrityError(
             f"the calibration table of {reuse.source} is not for this build: {'; '.join(differences)}. "
-            + (
-                "Corrections change weights too, and no table holds those. "
-                if there["corrections"] != here["corrections"]
-                else ""
-            )
+            + _about_corrections(table, equalized, reuse.without_corrections)
             + "Calibrate anew with --calib DATA, or build with what the table was made with"
         )
+
+
+def ranges_alone(table: CalibrationTable) -> CalibrationTable:
+    """The table of a build that makes no corrections of its own: it names those its ranges come from."""
+    return dataclasses.replace(
+        table, corrections=tuple(name for name in table.corrections if name in _IN_THE_RANGES)
+    )
+
+
+def _about_corrections(table: CalibrationTable, equalized: bool, without: bool) -> str:
+    if equalized:
+        return "Equalization gave the model other weights, and the ranges are of those. "
+    if table.corrections and not without:
+        return (
+            "Corrections change weights too, and no table holds those: --corrections none uses the ranges without "
+            "them. "
+        )
+    return ""
 
 
 class TableQuantizer:
@@ -112,7 +137,7 @@ class TableQuantizer:
         out_path: Path,
         progress: Progress,
     ) -> tuple[ModelArtifact, CalibrationTable, StageRecord]:
-        """Write the int8 form of `model` with the ranges of the table.
+        """Write the int8 form of `model` with the ranges of the table, its weights rounded to nearest.
 
         Args:
             model: folded fp32 ONNX.
@@ -126,14 +151,15 @@ class TableQuantizer:
             CalibrationError: it lacks a tensor, or a range is none.
         """
         check_reuse(self._table, model, self._reuse)
-        quantized, record = apply_table(model, self._table, self._placement, out_path)
-        progress("calibrate", self._table.n_samples, self._table.n_samples)
+        table = ranges_alone(self._table)
+        quantized, record = apply_table(model, table, self._placement, out_path)
+        progress("calibrate", table.n_samples, table.n_samples)
         record = dataclasses.replace(
             record,
             inputs=(model.sha256, dataset_sha256),
             checks={**record.checks, "reused_table_sha256": table_sha256(self._table)},
         )
-        return dataclasses.replace(quantized, history=(*model.history, record)), self._table, record
+        return dataclasses.replace(quantized, history=(*model.history, record)), table, record
 
 
 def _words(value: object) -> str:

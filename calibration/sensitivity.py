@@ -104,6 +104,7 @@ def measure_sensitivity(
     *,
     placement: str = "cpu",
     n_images: int = N_IMAGES,
+    corrected: ModelArtifact | None = None,
 ) -> tuple[LayerSensitivity, ...]:
     """One pass over some of the calibration images.
 
@@ -116,6 +117,8 @@ def measure_sensitivity(
         progress: told of every image.
         placement: the engine family, a key of `calibration.placement.PLACEMENTS`.
         n_images: images to look at.
+        corrected: `model` with the weights and biases that its layers have in int8
+            (`calibration.quantizer.Corrected.model`); ``None``: they have its own.
 
     Returns:
         Every quantized layer, the most harmful to the logits first; equals by their own noise.
@@ -133,7 +136,9 @@ def measure_sensitivity(
     op_types = {name_of(node.outputs[0]): node.op_type for node in graph.graph}
     fixed = model.inputs[0].shape[0]
     rows = fixed if isinstance(fixed, int) else ROWS_A_RUN
-    switched_graph(graph, layers_of_placement(graph, placed, table.ranges), rows)
+    source = None if corrected is None or corrected.sha256 == model.sha256 else load_model(corrected.path)
+    switched_graph(graph, layers_of_placement(graph, placed, table.ranges, source), rows)
+    del source
     with tempfile.TemporaryDirectory(prefix="edgefold-sensitivity-") as folder:
         path = Path(folder) / "switched.onnx"
         save_model(graph, path)

@@ -59,7 +59,10 @@ class SwitchedLayer:
 
 
 def layers_of_placement(
-    model: ir.Model, placement: Placement, ranges: Mapping[str, TensorRange]
+    model: ir.Model,
+    placement: Placement,
+    ranges: Mapping[str, TensorRange],
+    corrected: ir.Model | None = None,
 ) -> tuple[SwitchedLayer, ...]:
     """Every layer that `placement` quantizes, its weights rounded to nearest.
 
@@ -67,20 +70,25 @@ def layers_of_placement(
         model: the fp32 model that `placement` was made for.
         placement: whose grids are used.
         ranges: of every tensor in ``placement.observed``.
+        corrected: the same graph with the constants that layers have in int8; ``None``: they have `model`'s.
     """
     grids = {
         point.tensor: activation_params(point, placement, ranges)
         for point in placement.activations
         if point.scale is None
     }
+    source = corrected or model
+    values = {value.name: value for node in source.graph for value in node.outputs}
     found = []
     for point in placement.weights:
-        weight = model.graph.initializers[point.weight].const_value
-        assert weight is not None, "a weight point names a constant"
-        array = weight.numpy()
+        array = _constant(source.graph.initializers[point.weight])
+        assert array is not None, "a weight point names a constant"
         params = weight_params(array, point, placement)
         rounded = dequantize(quantize(array, params), params).astype(np.float32)
-        found.append(SwitchedLayer(point.consumer.node, point.input, grids.get(point.input), rounded))
+        node = _producer(values[point.consumer.node])
+        assert node is not None, "a layer's output has a producer"
+        bias = _constant(node.inputs[2]) if corrected is not None and len(node.inputs) > 2 else None
+        found.append(SwitchedLayer(point.consumer.node, point.input, grids.get(point.input), rounded, bias))
     return tuple(found)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from calibration.float_layers import restore_float_layers
 from calibration.placement.points import Placement
 from calibration.placement.tensorrt import place
 from calibration.qdq import insert_qdq
@@ -80,6 +81,8 @@ def choose_remainder(
 class TensorRTForms:
     """What TensorRT can be given of one model: int8 by several placements, and half precision.
 
+    Of a corrected model, layers in int8 have the corrected constants, all others their own.
+
     The graphs are strongly typed: float32 is found at the outputs only (and at an input that is no image
     of bytes). Every step but the quantization itself is verified by executing the graph before and after.
 
@@ -89,7 +92,12 @@ class TensorRTForms:
     """
 
     def __init__(
-        self, model: ModelArtifact, table: CalibrationTable | None, remainder: HalfType | None = None
+        self,
+        model: ModelArtifact,
+        table: CalibrationTable | None,
+        remainder: HalfType | None = None,
+        *,
+        corrected: ModelArtifact | None = None,
     ) -> None:
         """Load the model and centre its pixels.
 
@@ -97,6 +105,8 @@ class TensorRTForms:
             model: folded fp32 ONNX.
             table: its ranges; ``None`` where only half precision is wanted.
             remainder: the type of what is not quantized; ``None``: `choose_remainder`.
+            corrected: `model` with the weights and biases that quantized layers get
+                (`calibration.quantizer.Corrected.model`), its pixels centred; ``None``: they get its own.
 
         Raises:
             IntegrityError: the table is another model's.
@@ -112,6 +122,10 @@ class TensorRTForms:
             folded, {} if table is None else table.ranges, remainder
         )
         self._graph, self._centering = run_passes(folded, (CENTER_PIXELS,))
+        self._corrected = self._graph
+        self._source = model
+        if corrected is not None and corrected.sha256 != model.sha256:
+            self._corrected, self._source = load_model(corrected.path), corrected
 
     def placement(
         self,
@@ -154,7 +168,9 @@ class TensorRTForms:
             raise CalibrationError(
                 f"{self.model.path} has no layer that can be quantized: {reasons or 'no Conv, Gemm or MatMul'}"
             )
-        graph = self._graph.clone()
+        graph = self._corrected.clone()
+        if self._corrected is not self._graph:
+            restore_float_layers(graph, self._graph, placement)
         insert_qdq(graph, placement, self.table.ranges)
         checks = {
             "method": self.table.method,
@@ -164,7 +180,8 @@ class TensorRTForms:
             "n_quantized_activations": len(placement.activations),
             "left_in_float": [list(item) for item in placement.skipped],
         }
-        return self._write("quantize", graph, (self.table.dataset_sha256,), out_path, checks, start)
+        sources = (self._source.sha256, self.table.dataset_sha256)
+        return self._write("quantize", graph, sources, out_path, checks, start)
 
     def half(self, out_path: Path) -> tuple[ModelArtifact, StageRecord]:
         """Write the graph in the remainder's type throughout, without Q/DQ.
@@ -172,13 +189,14 @@ class TensorRTForms:
         Raises:
             PassError: lowering changed what the graph computes.
         """
-        return self._write("lower", self._graph, (), out_path, {}, time.perf_counter())
+        return self._write("lower", self._graph, (self.model.sha256,), out_path, {}, time.perf_counter())
 
     def float32(self, out_path: Path) -> tuple[ModelArtifact, StageRecord]:
         """Write the graph in float32, without Q/DQ, its pixels cast before anything else: for a network without
         int8, and for a DLA, which takes its int8 scales from a calibration cache.
         """
-        return self._write("center", self._graph, (), out_path, {}, time.perf_counter(), lower=False)
+        sources = (self.model.sha256,)
+        return self._write("center", self._graph, sources, out_path, {}, time.perf_counter(), lower=False)
 
     def _write(
         self,
@@ -197,7 +215,7 @@ class TensorRTForms:
         records: tuple[PassRecord, ...] = (*self._centering, *lowering)
         record = StageRecord(
             stage=stage,
-            inputs=(self.model.sha256, *sources),
+            inputs=sources,
             outputs=(sha256,),
             seconds=time.perf_counter() - start,
             checks={

@@ -229,9 +229,9 @@ def check_options(options: EngineOptions) -> None:
     """Refuse counts below one.
 
     Raises:
-        UsageError: ``threads`` or ``batch`` is not positive.
+        UsageError: ``threads``, ``batch`` or ``streams`` is not positive.
     """
-    for name, value in (("threads", options.threads), ("batch", options.batch)):
+    for name, value in (("threads", options.threads), ("batch", options.batch), ("streams", options.streams)):
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it must be at least 1")
 

@@ -142,7 +142,8 @@ def _runner(data: bytes, path: Path, options: EngineOptions, n_own_outputs: int 
     settings = ort.SessionOptions()
     settings.log_severity_level = 3  # errors; they are raised as well
     settings.inter_op_num_threads = 1
-    settings.intra_op_num_threads = n_threads if options.mode == "latency" else 1
+    n_streams = options.streams or (1 if options.mode == "latency" else n_threads)
+    settings.intra_op_num_threads = max(1, n_threads // n_streams)
     settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if options.batch is not None:
         data = _with_batch(data, path, options.batch)
@@ -150,7 +151,6 @@ def _runner(data: bytes, path: Path, options: EngineOptions, n_own_outputs: int 
         session = ort.InferenceSession(data, settings, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise EngineError(f"ONNX Runtime cannot load model {path}: {reason(error)}") from error
-    n_streams = 1 if options.mode == "latency" else n_threads
     return OnnxRuntimeRunner(session, n_streams=n_streams, n_own_outputs=n_own_outputs)
 
 

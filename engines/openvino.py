@@ -8,6 +8,7 @@ Properties, and why (measurements in ``docs/engines.md``):
 ``PERFORMANCE_HINT`` and ``NUM_STREAMS``
     ``latency``: one stream that has every core. ``throughput``: as many streams as OpenVINO
     thinks fit the threads.
+    ``EngineOptions.streams`` sets their number in either mode; they share the threads.
 ``INFERENCE_NUM_THREADS``
     Only where the caller set it.
 ``LP_TRANSFORMS_MODE = NO``
@@ -129,6 +130,8 @@ def compile_properties(options: EngineOptions, *, integer_kernels: bool = True) 
     properties = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": options.mode.upper()}
     if options.mode == "latency":
         properties["NUM_STREAMS"] = "1"
+    if options.streams is not None:
+        properties["NUM_STREAMS"] = str(options.streams)
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = str(options.threads)
     if not integer_kernels:

@@ -206,6 +206,8 @@ class EngineOptions:
     A fixed one is faster."""
     cache_dir: Path | None = None
     """Where compiled blobs may be kept; ``None``: no cache on disk."""
+    streams: int | None = None
+    """Submitted requests that run at the same time; ``None``: as many as the mode asks for."""
 
 
 @dataclass(frozen=True, slots=True)

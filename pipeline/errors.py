@@ -15,11 +15,14 @@
     ├── UnsupportedError             4  this target or environment cannot do it
     ├── IntegrityError               5  a file is not the one the manifest describes
     └── DeviceFaultError             6  the device failed under a running engine
+        └── SourceLostError          6  a camera or stream cannot be opened, or stopped
 
 A message names the thing, the measured value, the limit and the remedy.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 __all__ = [
     "AccuracyGateError",
@@ -32,10 +35,14 @@ __all__ = [
     "IntegrityError",
     "ModelSpecError",
     "PassError",
+    "Retry",
+    "SourceLostError",
     "UnsupportedError",
     "UsageError",
     "WeightsError",
 ]
+
+Retry = Literal["soon", "seldom", "never"]
 
 
 class EdgefoldError(Exception):
@@ -110,3 +117,21 @@ class DeviceFaultError(EdgefoldError):
     """The device failed while an engine was running; the process must be restarted."""
 
     exit_code = 6
+
+
+class SourceLostError(DeviceFaultError):
+    """A camera or stream cannot be opened, or gave no frames any more.
+
+    Attributes:
+        retry: whether to try it again helps: ``soon`` (it may be starting up, or the network is down),
+            ``seldom`` (somebody must change something there: a password, a path, a certificate, a
+            daemon), ``never`` (what answers is no source of pictures).
+    """
+
+    def __init__(self, message: str, retry: Retry = "soon") -> None:
+        super().__init__(message)
+        self.retry: Retry = retry
+
+    def __reduce__(self) -> tuple[type[SourceLostError], tuple[str, Retry]]:
+        # By default pickling repeats the message only, and a capture process hands its error over.
+        return type(self), (str(self), self.retry)

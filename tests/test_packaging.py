@@ -54,6 +54,8 @@ def test_the_wheel_carries_weights_and_template(wheel: list[str]) -> None:
         "pipeline/models/weights/inception_resnet_lite.signs.json",
         "apps/report/report.html.j2",
         "apps/report/report.css.j2",
+        "apps/streaming/serve/static/page.html",
+        "apps/streaming/serve/static/page.js",
         "calibration/placement/cpu.py",
         "engines/tensorrt/preprocess.cu",
         "pipeline/passes/residual_scale.py",

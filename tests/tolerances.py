@@ -43,6 +43,10 @@ ADAPTIVE_GAIN_DB = 1.0
 EQUALIZATION_GAIN_DB = 1.0
 """The same for equalization alone, of a network whose channels differ by a factor of ten."""
 
+LOGITS_OF_GRIDS_DB = 1.0
+"""SQNR of eight images' logits from weights on their grids in float32, against the int8 graph in another engine, with its
+int32 biases and, for TensorRT, half precision: a value on the edge between two steps may be rounded the other way."""
+
 SIMULATED_MEASUREMENTS = 1000
 """Draws of a simulated validation; the share of them is then known to ±0.013 (one standard deviation)."""
 
@@ -98,3 +102,23 @@ spent, and 0 to 0.002 measured, since the images seen are part of all; looks tha
 ATTRIBUTED_MARGIN_RTOL = 0.25
 """Between how far int8 moved the margins of flipped images and the sum of the layers' first-order parts: what is left
 is of second order in noises of a tenth of the signal and more."""
+
+FAIR_SHARE_RTOL = 0.1
+"""How far a source's share of the engine may be from an equal one: the camera app's promise."""
+
+SAME_AVERAGE_ATOL = 1e-9
+"""A running average in [0, 1] by one step or by thirty: float64 (1e-16 a step), and times rounded to a nanosecond, 1e-9
+of a second over a time constant of 0.05 s, in the sum of steps once."""
+
+UNIT_EXPOSURE = 2.0
+"""What `systemd-analyze security` may find of the service's unit at most, of 10: systemd 252 finds 1.6 without devices and
+1.8 with them, and another version may weigh a line by 0.2 more."""
+
+JPEG_LEVELS = 0.6
+"""A test picture of the page through JPEG at quality 80, mean absolute error in uint8 levels: 0.12 measured, at the
+edges of its stripe; the picture before or after it, whose stripe stands elsewhere, is 1.5 off."""
+
+TIPPED_STEP_ATOL = 2e-3
+"""Means over 64 positions of outputs computed from quantized inputs: a value on the edge between two steps may be rounded
+the other way by another engine. One step of 0.008 times a weight of about 1 is 1.2e-4 of the mean, twice its error of
+about 2 is 5e-4 of the mean square; allow a few."""

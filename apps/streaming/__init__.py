@@ -1,7 +1,7 @@
-"""The stream: source → bounded queue → preprocess → engine → predictions, overlay, recording.
+"""The camera app: feeds → one runtime → one engine → predictions, events, overlay, recording, page.
 
-One source runs in one `runtime.StreamRuntime`; everything that is counted is keyed by reason or
-stage in `metrics.StreamMetrics`, and every frame carries its ``source_id``.
+All sources run in one `runtime.StreamRuntime`. What is counted is keyed by reason or stage in a
+`metrics.StreamMetrics` a source, and every frame carries its ``source_id``.
 """
 
 __all__: list[str] = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from apps.streaming.queues import DropPolicy
 
@@ -20,6 +20,8 @@ __all__ = [
 ]
 
 StreamPrecision = Literal["int8", "fp16", "bf16", "fp32"]
+_STRICT: dict[str, Any] = {"extra": "forbid", "allow_inf_nan": False}
+"""For pydantic, where the values come from a file (`apps.streaming.config_file`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,8 @@ class RecordConfig:
         segment_s: length of a segment in a folder.
         quota_mb: all segments in the folder together; the oldest go first.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     path: Path
     segment_s: float = 300.0
@@ -46,6 +50,8 @@ class SourceConfig:
         policy: by default ``newest`` for live sources, else ``every``.
         fps: rate of a synthetic camera or an image folder.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     uri: str
     name: str | None = None
@@ -67,6 +73,8 @@ class CaptureLimits:
         restart_budget: restarts within `budget_window_s` after which the source is LOST.
         lost_retry_s: a LOST source is tried again after this time.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     degraded_s: float = 2.0
     stall_s: float = 5.0
@@ -91,6 +99,8 @@ class EventConfig:
         log: JSON-lines file; ``-`` is standard output.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     smoothing_s: float = 0.5
     enter: float = 0.7
     leave: float = 0.4
@@ -108,6 +118,8 @@ class MqttConfig:
         queue: events kept while the broker is away; the oldest are given up.
     """
 
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
     url: str
     topic: str = "edgefold"
     qos: Literal[0, 1] = 1
@@ -124,6 +136,8 @@ class ServeConfig:
         max_clients: video clients at the same time.
         video_fps: pictures a second and client, at most.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -143,8 +157,9 @@ class StreamConfig:
         batch_wait_ms: how long the first frame of a batch waits for others.
         streams: requests that the engine works on at the same time; by default the engine's choice.
         predictions: JSON-lines file of every prediction.
-        systemd: tell the service manager (sd_notify) when ready and alive; by default where it asks.
     """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     bundle: Path
     sources: tuple[SourceConfig, ...]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -15,11 +17,21 @@ from apps.streaming.predictions import Prediction
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["LiveDisplay", "PlainDisplay", "StreamDisplay", "choose_display"]
+__all__ = ["LiveDisplay", "PlainDisplay", "ShownSource", "StreamDisplay", "choose_display"]
 
 _LIVE_PERIOD_S = 0.25
 _PLAIN_PERIOD_S = 1.0
 _BAR_CELLS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ShownSource:
+    """One source at the moment of drawing."""
+
+    source_id: str
+    state: str
+    metrics: StreamMetrics
+    latest: Prediction | None
 
 
 class StreamDisplay:
@@ -36,8 +48,8 @@ class StreamDisplay:
     ) -> None:
         pass
 
-    def update(self, metrics: StreamMetrics, prediction: Prediction | None) -> None:
-        """Called many times a second; draws when it is time to."""
+    def update(self, sources: Sequence[ShownSource]) -> None:
+        """Called several times a second; draws when it is time to."""
 
 
 class PlainDisplay(StreamDisplay):
@@ -46,13 +58,17 @@ class PlainDisplay(StreamDisplay):
     def __init__(self) -> None:
         self._due_s = time.monotonic() + _PLAIN_PERIOD_S
 
-    def update(self, metrics: StreamMetrics, prediction: Prediction | None) -> None:
-        """Called many times a second; prints once a second."""
+    def update(self, sources: Sequence[ShownSource]) -> None:
+        """Called several times a second; prints a line a source once a second."""
         now_s = time.monotonic()
         if now_s < self._due_s:
             return
         self._due_s = now_s + _PLAIN_PERIOD_S
-        console.print(plain_line(metrics.snapshot(), prediction), markup=False, soft_wrap=True)
+        for source in sources:
+            line = plain_line(source.metrics.snapshot(), source.latest)
+            if len(sources) > 1:
+                line = f"{source.source_id}  {source.state}  {line}"
+            console.print(line, markup=False, soft_wrap=True)
 
 
 class LiveDisplay(StreamDisplay):
@@ -77,13 +93,17 @@ class LiveDisplay(StreamDisplay):
     ) -> None:
         self._live.stop()
 
-    def update(self, metrics: StreamMetrics, prediction: Prediction | None) -> None:
-        """Called many times a second; redraws four times a second."""
+    def update(self, sources: Sequence[ShownSource]) -> None:
+        """Called several times a second; redraws four times a second at most."""
         now_s = time.monotonic()
         if now_s < self._due_s:
             return
         self._due_s = now_s + _LIVE_PERIOD_S
-        self._live.update(live_table(self._title, metrics.snapshot(), prediction), refresh=True)
+        if len(sources) == 1:
+            table = live_table(self._title, sources[0].metrics.snapshot(), sources[0].latest)
+        else:
+            table = sources_table(self._title, sources)
+        self._live.update(table, refresh=True)
 
 
 def choose_display(title: str, as_json: bool) -> StreamDisplay:
@@ -138,5 +158,38 @@ def live_table(title: str, metrics: MetricsSnapshot, prediction: Prediction | No
     if metrics.top1 is not None:
         facts += f" · top-1 {100 * metrics.top1:.2f}%"
     table.caption = facts
+    table.caption_justify = "left"
+    return table
+
+
+def sources_table(title: str, sources: Sequence[ShownSource]) -> Table:
+    """Several sources as a rich table, one a row: state, rate, age, drops, and what is in view."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("source", overflow="fold")
+    table.add_column("state")
+    for heading in ("FPS", "infer p50", "age p50", "age p99", "dropped", "top-1 %"):
+        table.add_column(heading, justify="right")
+    table.add_column("now in view", min_width=20)
+    for source in sources:
+        state = source.metrics.snapshot()
+        age, infer = state.latency["age"], state.latency["infer"]
+        shown = ""
+        if source.latest is not None:
+            first = source.latest.top[0]
+            shown = f"{100 * first.confidence:3.0f}% {first.label}"
+        color = {"LIVE": "green", "DEGRADED": "yellow", "LOST": "red"}.get(source.state, "")
+        table.add_row(
+            escape(source.source_id),
+            f"[{color}]{source.state}[/]" if color else source.state,
+            f"{state.fps:.1f}",
+            *(f"{value:.1f}" if age.count else "–" for value in (infer.p50_ms, age.p50_ms, age.p99_ms)),
+            str(sum(state.dropped.values())),
+            "–" if state.top1 is None else f"{100 * state.top1:.2f}",
+            escape(shown),
+        )
+    table.caption = "latencies in ms"
     table.caption_justify = "left"
     return table

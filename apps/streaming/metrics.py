@@ -6,7 +6,8 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -14,12 +15,25 @@ from numpy.typing import NDArray
 
 from pipeline.validation_meter import AccuracyFigures, AccuracyMeter
 
-__all__ = ["STAGES", "LatencyHistogram", "LatencySummary", "MetricsSnapshot", "StreamMetrics"]
+__all__ = [
+    "BUCKET_EDGES_S",
+    "STAGES",
+    "LatencyBuckets",
+    "LatencyHistogram",
+    "LatencySummary",
+    "MetricsSnapshot",
+    "StreamMetrics",
+    "total_latency",
+]
 
 STAGES = ("capture", "queue", "preprocess", "infer", "postprocess", "age")
 """In the order a frame passes them. *capture*: the source delivering the frame (decoding, or waiting
 for the camera); *queue*: waiting between stages, for the engine included; *preprocess*: resize and
 crop; *infer*: the engine; *postprocess*: top-k, drawing, writing; *age*: from capture to the end."""
+
+BUCKET_EDGES_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.035, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
+"""For ``/metrics``: a stage on a GPU is told from one on a CPU, and an alert can stand at a frame interval
+of 30 FPS or at the default latency budget of a second."""
 
 _FPS_WINDOW_S = 2.0
 _FPS_MAX_SAMPLES = 512
@@ -35,6 +49,18 @@ class LatencySummary:
     mean_ms: float
     max_ms: float
     count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LatencyBuckets:
+    """One stage as Prometheus has histograms."""
+
+    cumulative: tuple[int, ...]
+    """Durations up to each of `BUCKET_EDGES_S`, see `LatencyHistogram.cumulative`."""
+    count: int
+    """All durations, exact."""
+    total_s: float
+    """Their sum."""
 
 
 class LatencyHistogram:
@@ -59,6 +85,13 @@ class LatencyHistogram:
         self.total_s = 0.0
         self.max_s = 0.0
 
+    def add(self, other: LatencyHistogram) -> None:
+        """Adds all durations of another histogram."""
+        self._counts += other._counts
+        self.count += other.count
+        self.total_s += other.total_s
+        self.max_s = max(self.max_s, other.max_s)
+
     def record(self, seconds: float) -> None:
         """Adds one duration."""
         clipped = min(max(seconds, self.LOW_S), self.HIGH_S)
@@ -80,6 +113,24 @@ class LatencyHistogram:
         bin_index = int(np.searchsorted(cumulative, rank))
         middle = self.LOW_S * math.pow(self.GROWTH, bin_index + 0.5)
         return min(middle, self.max_s)
+
+    def cumulative(self, edges_s: Sequence[float]) -> tuple[int, ...]:
+        """How many durations do not exceed each edge.
+
+        A bin counts as a whole, by its geometric middle, so that the answer is exact for an edge that is
+        off by `RELATIVE_ERROR` at most.
+
+        Args:
+            edges_s: ascending, from `LOW_S` up to below `HIGH_S`.
+        """
+        # The middle of bin i is LOW_S * GROWTH ** (i + 0.5).
+        n_bins = np.floor(np.log(np.asarray(edges_s) / self.LOW_S) / self._log_growth + 0.5).astype(np.int64)
+        sums = np.concatenate(([0], np.cumsum(self._counts)))
+        return tuple(sums[n_bins].tolist())
+
+    def buckets(self) -> LatencyBuckets:
+        """What ``/metrics`` shows of the stage."""
+        return LatencyBuckets(self.cumulative(BUCKET_EDGES_S), self.count, self.total_s)
 
     def summary(self) -> LatencySummary:
         """The percentiles a person reads, in milliseconds."""
@@ -111,6 +162,8 @@ class MetricsSnapshot:
     """Of the labelled frames, as `edgefold validate` has them; ``None`` without labels."""
     latency: dict[str, LatencySummary]
     """By stage, see `STAGES`."""
+    buckets: dict[str, LatencyBuckets] = field(default_factory=dict)
+    """The same durations for ``/metrics``, by stage."""
 
     @property
     def top1(self) -> float | None:
@@ -159,9 +212,15 @@ class StreamMetrics:
     def frame_judged(self, scores: NDArray[Any], truth: int) -> None:
         """The scores (C,) of a labelled frame, and its true class."""
         with self._lock:
-            if self._meter is None:
+            if self._meter is None or self._meter.n_classes != scores.size:
                 self._meter = AccuracyMeter(scores.size)
             self._meter.update(scores, truth)
+
+    def engine_changed(self) -> None:
+        """Another engine infers: its accuracy is not mixed with that of the one before."""
+        with self._lock:
+            self._labelled = self._correct = 0
+            self._meter = None
 
     def fps(self) -> float:
         """Inferred frames a second over the last two seconds (or the last 512 frames)."""
@@ -188,4 +247,19 @@ class StreamMetrics:
                 correct=self._correct,
                 accuracy=self._meter.figures() if self._meter else None,
                 latency={stage: histogram.summary() for stage, histogram in self._stages.items()},
+                buckets={stage: histogram.buckets() for stage, histogram in self._stages.items()},
             )
+
+    def add_latency_to(self, totals: dict[str, LatencyHistogram]) -> None:
+        """Adds the durations of every stage to `totals`."""
+        with self._lock:
+            for stage, histogram in self._stages.items():
+                totals[stage].add(histogram)
+
+
+def total_latency(sources: Iterable[StreamMetrics]) -> dict[str, LatencySummary]:
+    """The latencies over several sources, by stage: every frame counts the same."""
+    totals = {stage: LatencyHistogram() for stage in STAGES}
+    for metrics in sources:
+        metrics.add_latency_to(totals)
+    return {stage: histogram.summary() for stage, histogram in totals.items()}

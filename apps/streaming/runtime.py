@@ -1,20 +1,25 @@
-"""Capture, preprocessing, inference and output of one source, overlapped and bounded everywhere.
+"""Preprocessing, inference and output over any number of feeds, overlapped and bounded everywhere.
 
 ::
 
-    capture thread ──frames──▶ prepare thread ──in flight──▶ calling thread
-    source.read, check         resize, submit   engine        predict, draw, write
+    feeds ──turns──▶ schedule thread ──in flight──▶ calling thread
+    (own threads     take, batch,       engine       predict, draw,
+     or processes)   resize, submit                  write, release
 
-* ``frames`` has the drop policy: `newest` keeps one frame, the latest; `every` makes the source wait.
-* ``in flight`` is bounded by permits, given back when the calling thread takes a result. Under
-  `newest` there are as many as the engine has streams: a frame is prepared while the engine works on
-  the one before, and none grows old behind it. Under `every` there are more, so that the engine
-  always finds its next request waiting.
-* Slow output holds its permits, the permits hold back the prepare thread, and the drop policy
-  decides what that costs.
+* Each feed has its drop policy: `newest` keeps the latest frame, `every` makes the source wait.
+* ``in flight`` is bounded by permits, given back when the calling thread takes a result; a frame is taken
+  only when there is one. With a feed of `newest` there is one more than the engine has streams: a batch
+  is prepared while the engine works on the one before, and none grows old behind it. Where all are
+  `every` there are more, so that the engine always finds its next request waiting.
+* Slow output holds its permits, the permits hold back the schedule thread, and the drop policies decide
+  what that costs.
+* A batch waits for its other frames `batch_wait_ms` at most, and not at all where one image is a request.
+* The latency budget is kept twice: a frame that cannot be answered in time is not inferred (``too old``),
+  and an answer that came too late all the same is not shown (``late``). Both are counted.
 
-The output runs in the calling thread because windows and signals belong to the main thread. All
-clocks are monotonic. The first error in any thread stops the others and is raised by `run`.
+The output runs in the calling thread because windows and signals belong to the main thread. All clocks
+are monotonic. The first error of a stage stops the others and is raised by `run`; the failure of one feed
+among several is a state of it and no error.
 """
 
 from __future__ import annotations
@@ -27,106 +32,134 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from apps.streaming.frames import as_image, defect
-from apps.streaming.metrics import StreamMetrics
+from apps.streaming.batches import BatchPool
+from apps.streaming.classes import ClassMap
+from apps.streaming.engine_slot import EngineSlot
+from apps.streaming.loading import LoadedEngine
 from apps.streaming.predictions import Prediction, predict
-from apps.streaming.queues import DropPolicy, StageQueue
-from apps.streaming.sources import Source
+from apps.streaming.queues import StageQueue
+from apps.streaming.scheduling import FairTaker, LatencyBudget, RuntimeFeed, TakenFrame
 from pipeline.artifacts import Frame
-from pipeline.contracts import Outputs, Runner
-from pipeline.errors import DeviceFaultError, EdgefoldError, EngineError
+from pipeline.contracts import Outputs
+from pipeline.errors import DataError, DeviceFaultError, EdgefoldError, EngineError
 
-__all__ = ["END_OF_SOURCE", "FRAME_LIMIT", "TIME_LIMIT", "StreamRuntime"]
+__all__ = ["END_OF_SOURCE", "FRAME_LIMIT", "LATE", "TIME_LIMIT", "Answer", "RuntimeLimits", "StreamRuntime"]
 
 END_OF_SOURCE = "end of source"
 FRAME_LIMIT = "frame limit"
 TIME_LIMIT = "time limit"
+LATE = "late"
 
-_EVERY_CAPACITY = 4
+_STOPPED = "stopped"
+_UNPREPARED = "not preprocessed"
 _POLL_S = 0.1
 _DRAIN_S = 2.0
 _JOIN_S = 1.0
-_NO_IMAGE_PAUSE_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeLimits:
+    """When the runtime ends, and what it waits for.
+
+    Attributes:
+        max_age_ms: the latency budget; ``None``: any age.
+        batch_wait_ms: how long the first frame of a batch waits for others.
+        max_frames: infer this many, over all feeds, then end.
+        max_seconds: end after this time.
+        engine_stall_s: an engine that has not answered for so long has failed.
+    """
+
+    max_age_ms: float | None = None
+    batch_wait_ms: float = 5.0
+    max_frames: int | None = None
+    max_seconds: float | None = None
+    engine_stall_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the engine says about a frame, with the names of the engine that said it.
+
+    ``frame.image`` may be read until `StreamRuntime.run`'s `on_answer` returns, and only where the runtime
+    keeps images.
+    """
+
+    frame: Frame
+    prediction: Prediction
+    scores: NDArray[Any]
+    """(C,), as the engine gave them."""
+    labels: tuple[str, ...]
+    """The C class names."""
 
 
 @dataclass(slots=True)
 class _InFlight:
-    frame: Frame
+    engine: LoadedEngine
+    batch: NDArray[Any]
+    frames: list[TakenFrame]
     future: Future[Outputs]
-    waited_s: float
-    """Before submission, between stages."""
     submitted_ns: int
     done_ns: int = 0
 
     def mark_done(self, _: Future[Outputs]) -> None:
         self.done_ns = time.monotonic_ns()
 
+    def drop(self, reason: str) -> None:
+        for taken in self.frames:
+            taken.drop(reason)
+
 
 class StreamRuntime:
-    """Runs one source through one engine, once.
+    """Runs feeds through one engine slot, once.
 
     Args:
-        source: open; read by the capture thread, closed by the caller after `run`.
-        runner: a loaded engine with one image input; closed by the caller.
-        prepare: frame to the engine's input array, batch dimension included.
-        labels: class names, as many as the engine has scores.
-        policy: what happens to frames that come faster than they are inferred.
-        metrics: counts and times everything.
-        pace_fps: deliver at this rate; ``None``: as fast as the source and the policy allow.
-        max_frames: infer this many, then end.
-        max_seconds: end after this time.
-        source_stall_s: a source that delivers nothing usable for so long has failed.
-        engine_stall_s: an engine that has not answered for so long has failed.
+        sources: not started; closed by the caller after `run`.
+        slot: the engine; closed by the caller.
+        limits: when to end, and what to wait for.
+        keep_images: whether `on_answer` looks at the pictures; where not, buffers go back to their source as
+            soon as they are preprocessed.
     """
 
     def __init__(
         self,
-        source: Source,
-        runner: Runner,
-        prepare: Callable[[Frame], NDArray[Any]],
-        labels: Sequence[str],
-        policy: DropPolicy,
-        metrics: StreamMetrics,
+        sources: Sequence[RuntimeFeed],
+        slot: EngineSlot,
+        limits: RuntimeLimits,
         *,
-        pace_fps: float | None = None,
-        max_frames: int | None = None,
-        max_seconds: float | None = None,
-        source_stall_s: float = 10.0,
-        engine_stall_s: float = 60.0,
+        keep_images: bool = True,
     ) -> None:
-        self._source = source
-        self._runner = runner
-        self._prepare = prepare
-        self._labels = labels
-        self._metrics = metrics
-        self._pace_s = 0.0 if pace_fps is None else 1.0 / pace_fps
-        self._max_frames = max_frames
-        self._max_seconds = max_seconds
-        self._source_stall_s = source_stall_s
-        self._engine_stall_s = engine_stall_s
-        self._frames: StageQueue[Frame] = StageQueue(
-            1 if policy == "newest" else _EVERY_CAPACITY,
-            policy,
-            on_drop=lambda _: metrics.frame_dropped("newer frame"),
-        )
-        n_permits = runner.n_streams if policy == "newest" else 2 * runner.n_streams + 1
-        self._permits = threading.Semaphore(n_permits)
-        self._in_flight: StageQueue[_InFlight] = StageQueue(n_permits)
-        self._engine_free_ns = deque([0] * runner.n_streams, maxlen=runner.n_streams)
+        self._sources = tuple(sources)
+        self._slot = slot
+        self._limits = limits
+        self._keep_images = keep_images
+        self._any_newest = any(source.feed.policy == "newest" for source in self._sources)
+        self._budget = LatencyBudget(limits.max_age_ms)
+        self._taker = FairTaker(self._sources, self._budget)
+        self._pool = BatchPool()
+        self._classes = ClassMap()
+        self._permits_lock = threading.Lock()
+        self._n_in_flight = 0
+        # Bounded by the permits; this capacity is never reached.
+        self._in_flight: StageQueue[_InFlight] = StageQueue(1 << 16)
+        self._engine_free_ns: deque[int] = deque()
+        self._timed_engine: LoadedEngine | None = None
         self._stop = threading.Event()
         self._stop_reason: str | None = None
         self._error: EdgefoldError | None = None
-        self._reading_since_ns: int | None = None
         self._ended = END_OF_SOURCE
-        self._capture_thread = self._thread(self._capture_loop)
-        self._prepare_thread = self._thread(self._prepare_loop)
-        self._abandoned = threading.Event()
+        self._schedule_thread = threading.Thread(
+            target=self._schedule_loop, name="stream-schedule", daemon=True
+        )
         self._drain_deadline_s: float | None = None
         self._slowest_s = 0.0
         self._given_up: list[Future[Outputs]] = []
+        self.batches = 0
+        """Answered, and `batched_frames` in them."""
+        self.batched_frames = 0
+        self.last_beat_ns = time.monotonic_ns()
+        """When the loop of the calling thread last went round; for a watchdog."""
         self.engine_stuck = False
         """Set by `run` when a request was never answered; the engine cannot be closed then."""
 
@@ -135,19 +168,12 @@ class StreamRuntime:
         if self._stop_reason is None:
             self._stop_reason = reason
 
-    @property
-    def capturing(self) -> bool:
-        """Whether the source is being read; after `run` only if a read never returned."""
-        return self._capture_thread.is_alive()
-
-    def run(
-        self, on_prediction: Callable[[Frame, Prediction], None], on_tick: Callable[[], None] = lambda: None
-    ) -> str:
-        """Streams until the source ends, a limit is reached, or a stop is asked for.
+    def run(self, on_answer: Callable[[Answer], None], on_tick: Callable[[], None] = lambda: None) -> str:
+        """Streams until all sources end, a limit is reached, or a stop is asked for.
 
         Args:
-            on_prediction: called in order, in this thread; its time counts as postprocessing.
-            on_tick: called between frames, and while none comes, in this thread.
+            on_answer: called in order for each source, in this thread; its time counts as postprocessing.
+            on_tick: called between batches, and while none comes, in this thread.
 
         Returns:
             Why it ended.
@@ -156,119 +182,134 @@ class StreamRuntime:
             EdgefoldError: whatever failed first; all threads have been told to stop.
         """
         started_s = time.monotonic()
-        self._capture_thread.start()
-        self._prepare_thread.start()
         try:
-            self._output_loop(started_s, on_prediction, on_tick)
+            for source in self._sources:
+                source.feed.start(self._taker.wake)
+            self._schedule_thread.start()
+            self._output_loop(started_s, on_answer, on_tick)
         finally:
             self._shut_down()
         if self._error is not None:
             raise self._error
+        if self._stop_reason is None and self._ended == END_OF_SOURCE:
+            self._raise_failure_of_feeds()
         return self._stop_reason or self._ended
-
-    def _thread(self, target: Callable[[], None]) -> threading.Thread:
-        name = f"stream{target.__name__.replace('_', '-')}"
-        return threading.Thread(target=target, name=name, daemon=True)
 
     # --- calling thread ---------------------------------------------------------------------------
 
     def _output_loop(
-        self,
-        started_s: float,
-        on_prediction: Callable[[Frame, Prediction], None],
-        on_tick: Callable[[], None],
+        self, started_s: float, on_answer: Callable[[Answer], None], on_tick: Callable[[], None]
     ) -> None:
+        max_seconds = self._limits.max_seconds
         while self._error is None:
+            self.last_beat_ns = time.monotonic_ns()
             on_tick()
-            if self._max_seconds is not None and time.monotonic() - started_s >= self._max_seconds:
+            if max_seconds is not None and time.monotonic() - started_s >= max_seconds:
                 self.request_stop(TIME_LIMIT)
             if self._stop_reason is not None and self._drain_deadline_s is None:
                 self._stop_feeding()
-            self._check_source()
             if self._drain_deadline_s is not None and time.monotonic() >= self._drain_deadline_s:
                 return
             item = self._in_flight.get(timeout_s=_POLL_S)
             if item is not None:
-                outputs = self._result_of(item)
-                self._permits.release()
+                try:
+                    outputs = self._result_of(item)
+                    self._give_permit_back()
+                    if outputs is not None:
+                        self._finish(item, outputs, on_answer)
+                except BaseException:
+                    item.drop(_STOPPED)
+                    raise
                 if outputs is not None:
-                    self._finish(item, outputs, on_prediction)
+                    self._pool.give_back(item.engine, item.batch)
+                    self._slot.give_back(item.engine)
             elif self._in_flight.exhausted:
                 return
 
     def _result_of(self, item: _InFlight) -> Outputs | None:
         """Waits for the engine; ``None`` when told to stop and it does not answer in time."""
         waiting_since_s = time.monotonic()
+        limit_s = self._limits.engine_stall_s
         while not wait([item.future], timeout=_POLL_S).done:
             waited_s = time.monotonic() - waiting_since_s
             if self._stop_reason is not None and self._drain_deadline_s is None:
                 self._stop_feeding()
             if self._drain_deadline_s is not None and time.monotonic() >= self._drain_deadline_s:
-                self._metrics.frame_dropped("stopped")
+                item.drop(_STOPPED)
                 self._given_up.append(item.future)
                 return None
-            if waited_s >= self._engine_stall_s:
+            if waited_s >= limit_s:
                 self._given_up.append(item.future)
                 raise DeviceFaultError(
-                    f"the engine has not answered for {waited_s:.0f} s (limit {self._engine_stall_s:.0f} s) "
-                    f"on frame {item.frame.index}; restart the process"
+                    f"the engine has not answered for {waited_s:.0f} s (limit {limit_s:.0f} s) "
+                    f"on {_named(item)}; restart the process"
                 )
         try:
             return item.future.result()
         except EdgefoldError:
             raise
         except Exception as error:
-            raise EngineError(f"the engine failed on frame {item.frame.index}: {error}") from error
+            raise EngineError(f"the engine failed on {_named(item)}: {error}") from error
 
-    def _finish(
-        self, item: _InFlight, outputs: Outputs, on_prediction: Callable[[Frame, Prediction], None]
-    ) -> None:
-        frame, metrics = item.frame, self._metrics
-        started_ns = time.monotonic_ns()
+    def _finish(self, item: _InFlight, outputs: Outputs, on_answer: Callable[[Answer], None]) -> None:
         waited_s, inferred_s = self._engine_seconds(item)
-        metrics.record("queue", item.waited_s + waited_s)
-        metrics.record("infer", inferred_s)
-        scores = outputs[self._runner.outputs[0].name]
-        prediction = predict(scores, self._labels, frame)
-        metrics.frame_inferred(prediction.correct)
-        if frame.label is not None:
-            metrics.frame_judged(scores.reshape(-1), frame.label)
-        on_prediction(frame, prediction)
-        ended_ns = time.monotonic_ns()
-        metrics.record("postprocess", (ended_ns - started_ns) / 1e9)
-        metrics.record("age", (ended_ns - frame.timestamp_ns) / 1e9)
+        self.batches += 1
+        self.batched_frames += len(item.frames)
+        scores = outputs[item.engine.runner.outputs[0].name]
+        self._budget.answered(time.monotonic_ns() - item.frames[0].taken_ns)
+        for row, taken in zip(scores, item.frames, strict=False):
+            started_ns = time.monotonic_ns()
+            frame, metrics = taken.captured.frame, taken.source.metrics
+            before_s = (taken.taken_ns - frame.timestamp_ns + item.submitted_ns - taken.prepared_ns) / 1e9
+            metrics.record("queue", before_s + waited_s)
+            metrics.record("infer", inferred_s)
+            if self._budget.is_late(frame.timestamp_ns):
+                taken.drop(LATE)
+                continue
+            answer = self._answer(item.engine, taken, row.reshape(-1))
+            taken.inferred(answer.prediction.correct)
+            if answer.prediction.truth is not None:
+                metrics.frame_judged(answer.scores, answer.prediction.truth)
+            on_answer(answer)
+            taken.release()
+            ended_ns = time.monotonic_ns()
+            metrics.record("postprocess", (ended_ns - started_ns) / 1e9)
+            metrics.record("age", (ended_ns - frame.timestamp_ns) / 1e9)
 
-    def _check_source(self) -> None:
-        since_ns = self._reading_since_ns
-        if since_ns is None or self._stop.is_set():
+    def _answer(self, engine: LoadedEngine, taken: TakenFrame, scores: NDArray[Any]) -> Answer:
+        labels, frame = self._classes.of(engine.classes, taken.source.feed, taken.captured.frame)
+        return Answer(frame, predict(scores, labels, frame), scores, labels)
+
+    def _raise_failure_of_feeds(self) -> None:
+        """One source: its failure is the run's. Several: only where none of them worked."""
+        failures = [source.feed.failure() for source in self._sources]
+        first = next((failure for failure in failures if failure is not None), None)
+        if first is None or None in failures:
             return
-        silent_s = (time.monotonic_ns() - since_ns) / 1e9
-        if silent_s >= self._source_stall_s:
-            raise DeviceFaultError(
-                f"{self._source.source_id} has delivered no usable frame for {silent_s:.0f} s "
-                f"(limit {self._source_stall_s:.0f} s); check the device and start the stream again"
-            )
+        if isinstance(first, EdgefoldError):
+            raise first
+        name = self._sources[0].feed.source_id
+        raise EdgefoldError(f"capture of {name} failed: {type(first).__name__}: {first}") from first
 
     def _stop_feeding(self) -> None:
         """No new frames; what is in flight is still finished, if the engine answers soon."""
         self._drain_deadline_s = time.monotonic() + _DRAIN_S
         self._stop.set()
-        for _ in self._frames.abort():
-            self._metrics.frame_dropped("stopped")
+        self._taker.wake()
 
     def _shut_down(self) -> None:
         self._stop_feeding()
-        self._abandoned.set()
         unfinished = self._given_up
         for item in self._in_flight.abort():
-            self._metrics.frame_dropped("stopped")
+            item.drop(_STOPPED)
             unfinished.append(item.future)
         # A slow engine is given its time; one that takes longer than it ever did will not answer.
         patience_s = _DRAIN_S + 2 * len(unfinished) * self._slowest_s
         self.engine_stuck = bool(wait(unfinished, timeout=patience_s).not_done)
-        for thread in (self._capture_thread, self._prepare_thread):
-            # A read that never returns cannot be interrupted; the threads are daemons.
-            thread.join(_JOIN_S)
+        if self._schedule_thread.ident is not None:
+            # A submit that an engine never accepts cannot be interrupted; the thread is a daemon.
+            self._schedule_thread.join(_JOIN_S)
+            self.engine_stuck = self.engine_stuck or self._schedule_thread.is_alive()
 
     def _engine_seconds(self, item: _InFlight) -> tuple[float, float]:
         """How long a request waited for the engine, and how long the engine worked on it.
@@ -277,101 +318,119 @@ class StreamRuntime:
         request a stream's number before it is done, whichever is later.
         """
         # The future may be ready an instant before its callback has noted the time.
-        done_ns = item.done_ns or time.monotonic_ns()
-        started_ns = min(max(item.submitted_ns, self._engine_free_ns[0]), done_ns)
-        self._engine_free_ns.append(done_ns)
-        inferred_s = (done_ns - started_ns) / 1e9
+        item.done_ns = item.done_ns or time.monotonic_ns()
+        if item.engine is not self._timed_engine:
+            n_streams = item.engine.runner.n_streams
+            self._timed_engine = item.engine
+            self._engine_free_ns = deque([0] * n_streams, maxlen=n_streams)
+        started_ns = min(max(item.submitted_ns, self._engine_free_ns[0]), item.done_ns)
+        self._engine_free_ns.append(item.done_ns)
+        inferred_s = (item.done_ns - started_ns) / 1e9
         self._slowest_s = max(self._slowest_s, inferred_s)
         return (started_ns - item.submitted_ns) / 1e9, inferred_s
 
-    # --- worker threads ---------------------------------------------------------------------------
+    # --- schedule thread --------------------------------------------------------------------------
 
-    def _fail(self, stage: str, error: Exception) -> None:
-        if self._error is None:
-            if not isinstance(error, EdgefoldError):
-                wrapped = EdgefoldError(
-                    f"{stage} of {self._source.source_id} failed: {type(error).__name__}: {error}"
-                )
-                wrapped.__cause__ = error
-                error = wrapped
-            self._error = error
+    def _has_permit(self) -> bool:
+        n_streams = self._slot.current.runner.n_streams
+        return self._n_in_flight < (n_streams + 1 if self._any_newest else 2 * n_streams + 1)
 
-    def _capture_loop(self) -> None:
+    def _give_permit_back(self) -> None:
+        with self._permits_lock:
+            self._n_in_flight -= 1
+        self._taker.wake()
+
+    def _schedule_loop(self) -> None:
         try:
-            self._capture()
+            self._schedule()
         except Exception as error:
-            self._fail("capture", error)
+            if self._error is None:
+                self._error = _as_edgefold(error)
         finally:
-            self._reading_since_ns = None
-            self._frames.close()
-
-    def _capture(self) -> None:
-        source, metrics = self._source, self._metrics
-        index = 0
-        due_s = time.monotonic()
-        while not self._stop.is_set():
-            self._reading_since_ns = self._reading_since_ns or time.monotonic_ns()
-            read_s = time.monotonic()
-            delivered = source.read()
-            if delivered is None:
-                return
-            metrics.frame_read()
-            reason = defect(delivered.pixels)
-            if reason is not None:
-                metrics.frame_dropped(reason)
-                if source.live:
-                    self._stop.wait(_NO_IMAGE_PAUSE_S)  # a camera that fails at once would spin
-                else:
-                    self._reading_since_ns = None
-                index += 1
-                continue
-            self._reading_since_ns = None
-            metrics.record("capture", time.monotonic() - read_s)
-            if self._pace_s:
-                # Sleep to the schedule, but do not catch up in a burst after falling behind it.
-                due_s = max(due_s + self._pace_s, time.monotonic() - self._pace_s)
-                self._stop.wait(max(0.0, due_s - time.monotonic()))
-            image, pixel_format = as_image(delivered.pixels, source.color)
-            frame = Frame(image, pixel_format, source.source_id, index, time.monotonic_ns(), delivered.label)
-            index += 1
-            if not self._frames.put(frame):
-                metrics.frame_dropped("stopped")
-                return
-
-    def _prepare_loop(self) -> None:
-        try:
-            self._prepare_and_submit()
-        except Exception as error:
-            self._fail("preprocessing", error)
-        finally:
+            self._stop.set()
             self._in_flight.close()
 
-    def _prepare_and_submit(self) -> None:
-        metrics = self._metrics
-        input_name = self._runner.inputs[0].name
-        n_submitted = 0
-        while self._max_frames is None or n_submitted < self._max_frames:
-            frame = self._frames.get()
-            if frame is None:
-                return
-            taken_ns = time.monotonic_ns()
-            pixels = np.ascontiguousarray(self._prepare(frame))
-            prepared_ns = time.monotonic_ns()
-            metrics.record("preprocess", (prepared_ns - taken_ns) / 1e9)
-            while not self._permits.acquire(timeout=_POLL_S):
-                if self._abandoned.is_set():
-                    metrics.frame_dropped("stopped")
+    def _schedule(self) -> None:
+        n_left = self._limits.max_frames
+        while not self._stop.is_set():
+            first = self._taker.take(
+                lambda: not self._stop.is_set() and self._has_permit(), time.monotonic() + _POLL_S
+            )
+            if first is None:
+                if self._taker.exhausted:
                     return
-            submitted_ns = time.monotonic_ns()
-            waited_ns = taken_ns - frame.timestamp_ns + submitted_ns - prepared_ns
-            future = self._runner.submit({input_name: pixels})
-            item = _InFlight(frame, future, waited_ns / 1e9, submitted_ns)
-            future.add_done_callback(item.mark_done)
-            n_submitted += 1
-            if not self._in_flight.put(item):
-                metrics.frame_dropped("stopped")
+                continue
+            n_left = self._dispatch(first, n_left)
+            if n_left == 0:
+                self._ended = FRAME_LIMIT
                 return
-        self._ended = FRAME_LIMIT
-        self._stop.set()
-        for _ in self._frames.abort():
-            metrics.frame_dropped("stopped")
+
+    def _dispatch(self, first: TakenFrame, n_left: int | None) -> int | None:
+        """Gathers, prepares and submits one batch; returns how many frames may still be inferred."""
+        engine = self._slot.lease()
+        batch = self._pool.take(engine)
+        most = engine.max_batch if n_left is None else min(engine.max_batch, n_left)
+        until_s = time.monotonic() + self._limits.batch_wait_ms / 1e3
+        frames: list[TakenFrame] = []
+        taken: TakenFrame | None = first
+        try:
+            while taken is not None:
+                if self._prepare(engine, taken, batch[len(frames)]):
+                    frames.append(taken)
+                # A batch of one waits for nobody; and others are looked for before any waiting.
+                full = len(frames) >= most
+                taken = None if full else self._taker.take(lambda: not self._stop.is_set(), until_s)
+            if not frames:
+                self._pool.give_back(engine, batch)
+                self._slot.give_back(engine)
+                return n_left
+            self._submit(engine, batch, frames)
+        except BaseException:
+            for left in [*frames, *([taken] if taken is not None and taken not in frames else [])]:
+                left.drop(_STOPPED)
+            self._slot.give_back(engine)
+            raise
+        return None if n_left is None else n_left - len(frames)
+
+    def _prepare(self, engine: LoadedEngine, taken: TakenFrame, row: NDArray[Any]) -> bool:
+        """Writes the frame into its row; with several sources, what cannot be is one source's loss."""
+        started_ns = time.monotonic_ns()
+        try:
+            engine.prepare(taken.captured.frame, row)
+        except DataError:
+            if len(self._sources) == 1:
+                raise
+            taken.drop(_UNPREPARED)
+            return False
+        taken.prepared_ns = time.monotonic_ns()
+        metrics = taken.source.metrics
+        metrics.record("capture", taken.captured.capture_s)
+        metrics.record("preprocess", (taken.prepared_ns - started_ns) / 1e9)
+        if not self._keep_images:
+            taken.release()
+        return True
+
+    def _submit(self, engine: LoadedEngine, batch: NDArray[Any], frames: list[TakenFrame]) -> None:
+        with self._permits_lock:
+            self._n_in_flight += 1
+        submitted_ns = time.monotonic_ns()
+        future = engine.runner.submit({engine.runner.inputs[0].name: batch[: len(frames)]})
+        item = _InFlight(engine, batch, frames, future, submitted_ns)
+        future.add_done_callback(item.mark_done)
+        if not self._in_flight.put(item):
+            item.drop(_STOPPED)
+            self._given_up.append(future)
+
+
+def _named(item: _InFlight) -> str:
+    first = item.frames[0].captured.frame
+    others = f" and {len(item.frames) - 1} more" if len(item.frames) > 1 else ""
+    return f"frame {first.index} of {first.source_id}{others}"
+
+
+def _as_edgefold(error: Exception) -> EdgefoldError:
+    if isinstance(error, EdgefoldError):
+        return error
+    wrapped = EdgefoldError(f"preprocessing failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

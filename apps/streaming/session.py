@@ -1,284 +1,410 @@
-"""One stream from a bundle and a source to its summary: opens everything, runs, closes everything."""
+"""The camera app from its configuration to its summary: opens everything, runs, closes everything."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
-import engines
-from apps.streaming.display import StreamDisplay
-from apps.streaming.metrics import LatencySummary, StreamMetrics
-from apps.streaming.overlay import OverlayPainter
-from apps.streaming.predictions import Prediction
-from apps.streaming.queues import DropPolicy
-from apps.streaming.runtime import END_OF_SOURCE, StreamRuntime
-from apps.streaming.sinks import PredictionLog, Recorder, Sink, Window, window_obstacle
-from apps.streaming.sources import ModelClasses, Source, open_source, parse_source
-from pipeline.artifacts import EngineArtifact, EngineOptions, Frame
-from pipeline.bundle import Bundle, open_bundle
-from pipeline.contracts import Runner
+from apps.streaming.config import CaptureLimits, EventConfig, SourceConfig, StreamConfig
+from apps.streaming.config_check import check_config
+from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, StreamView
+from apps.streaming.display import ShownSource, StreamDisplay
+from apps.streaming.engine_slot import EngineSlot
+from apps.streaming.loading import EngineRequest, LoadedEngine, check_golden, load_engine
+from apps.streaming.metrics import StreamMetrics
+from apps.streaming.outputs import SourceOutput
+from apps.streaming.reload import Reloader
+from apps.streaming.runtime import END_OF_SOURCE, Answer, RuntimeLimits, StreamRuntime
+from apps.streaming.scheduling import RuntimeFeed
+from apps.streaming.sinks import PredictionLog, Window, window_obstacle
+from apps.streaming.sources import ModelClasses, SourceUri, parse_source
+from apps.streaming.summary import StreamSummary, summarize
 from pipeline.errors import DataError, DeviceFaultError, IntegrityError, UsageError
-from pipeline.preprocess import normalize, to_network_pixels
-from pipeline.validation_meter import AccuracyFigures
 
-__all__ = ["StreamPrecision", "StreamSummary", "run_stream"]
+if TYPE_CHECKING:
+    from apps.streaming.serve import PageServer
 
-StreamPrecision = Literal["int8", "fp16", "bf16", "fp32"]
+__all__ = ["FeedOpener", "StreamSession", "StreamSummary", "run_stream"]
 
-_FOLDED_NAME = "model.onnx"
-_CPU_ENGINE = "openvino"
 _USER_CLOSED = "window closed"
+_LIVE_MAX_AGE_MS = 1000.0
+_HOUSEKEEPING_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class StreamSummary:
-    """What a stream did. ``frames_read = frames_inferred + sum(dropped)``."""
+class FeedOpener(Protocol):
+    """Makes the feed of a source; `apps.streaming.capture.open_feed` but in tests."""
 
-    bundle: str
-    source: str
-    engine: str
-    precision: StreamPrecision
-    policy: DropPolicy
-    ended: str
-    """``end of source``, ``time limit``, ``frame limit``, ``window closed``, or a signal's name."""
-    seconds: float
-    fps: float
-    """Inferred frames a second, over the whole run."""
-    frames_read: int
-    frames_inferred: int
-    dropped: dict[str, int]
-    """By reason."""
-    labelled: int
-    correct: int
-    accuracy: AccuracyFigures | None
-    """Of the labelled frames: top-1 with its interval, top-k, calibration of confidence."""
-    latency: dict[str, LatencySummary]
-    """By stage, see `apps.streaming.metrics.STAGES`."""
-    recording: str | None
-    predictions: str | None
-    notes: tuple[str, ...]
-
-    @property
-    def top1(self) -> float | None:
-        """Share of labelled frames classified right, in [0, 1]; ``None`` without labels."""
-        return self.correct / self.labelled if self.labelled else None
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON-compatible values."""
-        return {**dataclasses.asdict(self), "top1": self.top1}
+    def __call__(
+        self,
+        source: SourceConfig,
+        uri: SourceUri,
+        classes: ModelClasses,
+        limits: CaptureLimits,
+        metrics: StreamMetrics,
+    ) -> Feed:
+        """Opens nothing yet; `Feed.start` does."""
+        ...
 
 
 def run_stream(
-    bundle: Path | str | Bundle,
-    source: str,
+    config: StreamConfig,
     *,
-    record: Path | None = None,
-    predictions: Path | None = None,
-    headless: bool = False,
-    policy: DropPolicy | None = None,
-    max_seconds: float | None = None,
-    max_frames: int | None = None,
-    engine: str | None = None,
-    precision: StreamPrecision | None = None,
-    fps: float | None = None,
     cache_dir: Path | None = None,
     display: StreamDisplay | None = None,
+    open_feed: FeedOpener | None = None,
 ) -> StreamSummary:
-    """Streams a source through a bundle's engine until it ends, a limit, or SIGINT or SIGTERM.
+    """Streams sources through a bundle's engine until they end, a limit, or SIGINT or SIGTERM.
 
-    Signals are taken over only in the main thread, and given back. A second signal ends the process
-    at once.
+    Signals are taken over only in the main thread, and given back. SIGHUP loads the bundle anew; a second
+    SIGINT or SIGTERM ends the process at once.
 
     Args:
-        bundle: an opened bundle, or where one lies.
-        source: see `apps.streaming.sources`.
-        record: MP4 to write the pictures with the overlay to.
-        predictions: JSON-lines file to write every prediction to.
-        headless: show no window even where one could be shown.
-        policy: ``newest`` or ``every``; by default ``newest`` for live sources, else ``every``.
-            Under ``newest`` a file plays at its own rate.
-        max_seconds: end after this time.
-        max_frames: end after inferring this many frames.
-        engine: a name of `engines.BACKENDS`; by default the one the bundle was built for.
-        precision: ``fp32`` runs the folded model instead of the bundle's engine, to compare.
-        fps: rate of a synthetic camera or an image folder.
+        config: what to run.
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
         display: what the terminal shows meanwhile.
+        open_feed: how sources are captured.
 
     Returns:
-        Counters, latencies and, where the source knows the truth, the accuracy.
+        Counters, latencies and, where a source knows the truth, the accuracy.
 
     Raises:
-        UsageError, DataError: options or source cannot be used; or no frame could be inferred.
+        UsageError, DataError: options or sources cannot be used; or no frame could be inferred.
         UnsupportedError: something this machine lacks.
-        IntegrityError: the bundle is not what its manifest says.
-        EngineError, DeviceFaultError: the engine or the camera failed.
+        IntegrityError: the bundle is not what its manifest says, or the golden frames came out wrong.
+        EngineError, DeviceFaultError: the engine failed.
     """
-    if max_frames is not None and max_frames < 1:
-        raise UsageError(f"--max-frames {max_frames} leaves nothing to do; give at least 1")
-    if max_seconds is not None and not max_seconds > 0:
-        raise UsageError(f"--max-seconds {max_seconds:g} leaves nothing to do; give more than 0")
-    uri = parse_source(source)
-    opened = bundle if isinstance(bundle, Bundle) else open_bundle(bundle)
-    precision = precision or opened.manifest.precision
-    engine = engine or _engine_for(opened, precision)
-    classes = _model_classes(opened)
-    notes: list[str] = []
-    with ExitStack() as stack:
-        frames = open_source(uri, classes, fps)
-        runtime: StreamRuntime | None = None
-
-        def close_source() -> None:
-            # To release a device under a read that never returned can crash the process.
-            if runtime is None or not runtime.capturing:
-                frames.close()
-
-        stack.callback(close_source)
-        chosen_policy: DropPolicy = policy or ("newest" if frames.live else "every")
-        sinks, window = _open_sinks(frames, chosen_policy, record, predictions, headless, notes)
-        # Here for an engine that does not load; after a run they are closed below, under the signals.
-        stack.enter_context(_closing(sinks))
-        runner = _load_runner(opened, engine, precision, cache_dir)
-
-        def close_runner() -> None:
-            if runtime is None or not runtime.engine_stuck:
-                runner.close()
-
-        stack.callback(close_runner)
-        metrics = StreamMetrics()
-        runtime = StreamRuntime(
-            frames,
-            runner,
-            _preparer(opened, runner),
-            frames.labels,
-            chosen_policy,
-            metrics,
-            pace_fps=_pace_fps(frames, chosen_policy, fps),
-            max_frames=max_frames,
-            max_seconds=max_seconds,
-        )
-        output = _Output(sinks, window, metrics, runtime, stack.enter_context(display or StreamDisplay()))
-        started_s = time.monotonic()
-        with _signals(runtime.request_stop), _closing(sinks):
-            ended = runtime.run(output.take, output.tick)
-        seconds = time.monotonic() - started_s
-    if runtime.engine_stuck:
-        raise DeviceFaultError(
-            f"the engine did not answer when the stream ended ({ended}); restart the process"
-        )
-    final = metrics.snapshot()
-    notes = frames.notes + notes
-    if final.frames_inferred == 0 and ended == END_OF_SOURCE:
-        raise DataError(
-            f"{source} gave no usable frame: {final.frames_read} read, dropped {_reasons(final.dropped)}"
-            + "".join(f"; {note}" for note in notes)
-        )
-    return StreamSummary(
-        bundle=str(opened.path),
-        source=source,
-        engine=engine,
-        precision=precision,
-        policy=chosen_policy,
-        ended=ended,
-        seconds=seconds,
-        fps=final.frames_inferred / seconds,
-        frames_read=final.frames_read,
-        frames_inferred=final.frames_inferred,
-        dropped=final.dropped,
-        labelled=final.labelled,
-        correct=final.correct,
-        accuracy=final.accuracy,
-        latency=final.latency,
-        recording=str(record) if record is not None and final.frames_inferred else None,
-        predictions=None if predictions is None else str(predictions),
-        notes=tuple(notes),
-    )
+    return StreamSession(config, cache_dir=cache_dir, display=display, open_feed=open_feed).run()
 
 
-class _Output:
-    """Hands every prediction to the sinks, with a picture where one of them wants it."""
+class StreamSession:
+    """One run of the camera app. `view`, `reload` and `check` may be called from any thread meanwhile."""
 
     def __init__(
         self,
-        sinks: list[Sink],
-        window: Window | None,
-        metrics: StreamMetrics,
-        runtime: StreamRuntime,
-        display: StreamDisplay,
+        config: StreamConfig,
+        *,
+        cache_dir: Path | None = None,
+        display: StreamDisplay | None = None,
+        open_feed: FeedOpener | None = None,
     ) -> None:
-        self._sinks = sinks
-        self._window = window
-        self._metrics = metrics
-        self._runtime = runtime
-        self._display = display
-        self._painter = OverlayPainter() if any(sink.needs_picture for sink in sinks) else None
-        self._latest: Prediction | None = None
+        """Checks the options; opens nothing.
 
-    def take(self, frame: Frame, prediction: Prediction) -> None:
-        self._latest = prediction
-        picture = None
-        if self._painter is not None:
-            picture = self._painter.draw(
-                frame.image, frame.pixel_format, prediction, self._metrics.snapshot()
+        Raises:
+            UsageError: an option that leaves nothing to do, or contradicts another.
+        """
+        _check(config)
+        self._config = config
+        self._display = display or StreamDisplay()
+        self._open_feed = open_feed
+        self._request = EngineRequest(
+            config.engine, config.precision, config.max_batch, config.streams, cache_dir
+        )
+        self._sources: list[RuntimeFeed] = []
+        self._outputs: dict[str, SourceOutput] = {}
+        self._event_outputs: dict[str, EventOutput] = {}
+        self._page: PageServer | None = None
+        self._hangup = False
+        self._reloading = False
+        self._tidied_s = 0.0
+        self._started_s = time.monotonic()
+        self._max_age_ms: float | None = None
+
+    def run(self) -> StreamSummary:
+        """Runs once; as `run_stream`."""
+        from apps.streaming.logs import StateLog
+        from apps.streaming.service import Notifier
+
+        config = self._config
+        uris = [parse_source(source.uri) for source in config.sources]
+        notes: list[str] = []
+        with ExitStack() as stack:
+            engine = load_engine(config.bundle, self._request)
+            self._slot = EngineSlot(engine)
+            stack.callback(self._close_engine)
+            self._reloader = Reloader(
+                self._slot,
+                config.bundle,
+                functools.partial(load_engine, request=self._request),
+                self._on_swap,
             )
-        for sink in self._sinks:
-            sink.write(frame, prediction, picture)
-        if self._window is not None and self._window.closed:
+            self._open_sources(uris, engine.classes)
+            stack.callback(self._close_feeds)
+            self._max_age_ms = self._budget_ms()
+            self._notifier = stack.enter_context(Notifier())
+            self._states = StateLog()
+            self._open_page_and_events(stack)
+            outputs = self._open_outputs(stack, notes)
+            self._runtime = StreamRuntime(
+                self._sources,
+                self._slot,
+                RuntimeLimits(self._max_age_ms, config.batch_wait_ms, config.max_frames, config.max_seconds),
+                keep_images=any(output.needs_images for output in outputs),
+            )
+            stack.enter_context(self._display)
+            self._started_s = time.monotonic()
+            with _signals(self._runtime.request_stop, self._hang_up), _closing(outputs):
+                self._notifier.ready(f"{len(self._sources)} sources, {engine.engine} {engine.precision}")
+                ended = self._runtime.run(self._take, self._tick)
+                seconds = time.monotonic() - self._started_s
+                self._notifier.stopping(ended)
+            self._reloader.close()
+        return self._summary(ended, seconds, notes)
+
+    # --- what others see and ask ------------------------------------------------------------------
+
+    def view(self) -> StreamView:
+        """Everything at this moment."""
+        from apps.streaming.device import read_device
+
+        sources = tuple(
+            SourceView(
+                status=source.feed.status(),
+                metrics=source.metrics.snapshot(),
+                latest=self._outputs[source.feed.source_id].latest,
+                present=self._outputs[source.feed.source_id].present,
+            )
+            for source in self._sources
+        )
+        return StreamView(
+            uptime_s=time.monotonic() - self._started_s,
+            sources=sources,
+            engine=self._engine_view(),
+            device=read_device(),
+            events={name: output.counters() for name, output in self._event_outputs.items()},
+            max_age_ms=self._max_age_ms,
+            preprocessing=self._slot.current.golden,
+        )
+
+    def reload(self, bundle: Path | None = None) -> None:
+        """Loads the configured bundle anew, or another; returns when it infers.
+
+        Raises:
+            EdgefoldError: it was refused; the old one infers.
+        """
+        self._reloader.reload(bundle)
+
+    def check(self) -> str:
+        """Hands the golden frames to the live path and says what they found; the stream goes on.
+
+        Raises:
+            IntegrityError: they came out wrong; says which of colour order, range and size.
+        """
+        engine = self._slot.lease()
+        try:
+            engine.golden = check_golden(engine)
+        except IntegrityError as error:
+            engine.golden = str(error)
+            raise
+        finally:
+            self._slot.give_back(engine)
+        return engine.golden
+
+    def _engine_view(self) -> EngineView:
+        engine = self._slot.current
+        return EngineView(
+            bundle=str(engine.bundle.path),
+            bundle_digest=engine.digest,
+            engine=engine.engine,
+            precision=engine.precision,
+            reloads=self._reloader.reloads,
+            reload_failures=self._reloader.failures,
+            last_reload_error=self._reloader.last_error,
+            batches=self._runtime.batches,
+            batched_frames=self._runtime.batched_frames,
+        )
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    def _open_sources(self, uris: Sequence[SourceUri], classes: ModelClasses) -> None:
+        open_feed = self._open_feed or _capture_feed()
+        for source, uri in zip(self._config.sources, uris, strict=True):
+            metrics = StreamMetrics()
+            feed = open_feed(source, uri, classes, self._config.limits, metrics)
+            if any(feed.source_id == other.feed.source_id for other in self._sources):
+                raise UsageError(
+                    f"two sources are called {feed.source_id}; give each its own name in the --config file"
+                )
+            self._sources.append(RuntimeFeed(feed, metrics))
+
+    def _budget_ms(self) -> float | None:
+        if self._config.max_age_ms is not None:
+            return self._config.max_age_ms
+        live = any(source.feed.policy == "newest" for source in self._sources)
+        return _LIVE_MAX_AGE_MS if live else None
+
+    def _open_page_and_events(self, stack: ExitStack) -> None:
+        config = self._config
+        source_ids = [source.feed.source_id for source in self._sources]
+        if config.events is not None and config.events.log is not None:
+            from apps.streaming.events import EventLog
+
+            self._event_outputs["log"] = EventLog(config.events.log)
+            stack.callback(self._event_outputs["log"].close)
+        if config.mqtt is not None:
+            from apps.streaming.mqtt import MqttPublisher
+
+            self._event_outputs["mqtt"] = MqttPublisher(config.mqtt, source_ids)
+            stack.callback(self._event_outputs["mqtt"].close)
+        if config.serve is not None:
+            from apps.streaming.serve import PageServer
+
+            page = PageServer(config.serve, self.view, self.reload, self.check)
+            stack.callback(page.close)
+            self._event_outputs["page"] = page.events
+            self._page = page
+
+    def _open_outputs(self, stack: ExitStack, notes: list[str]) -> list[SourceOutput]:
+        config = self._config
+        predictions = None if config.predictions is None else PredictionLog(config.predictions)
+        if predictions is not None:
+            stack.callback(predictions.close)
+        obstacle = None if config.headless else window_obstacle()
+        if obstacle is not None:
+            notes.append(f"no window: {obstacle}")
+        events = config.events
+        if events is None and self._event_outputs:
+            events = EventConfig()
+        for asked, source in zip(config.sources, self._sources, strict=True):
+            source_id = source.feed.source_id
+            shown = not config.headless and obstacle is None
+            self._outputs[source_id] = SourceOutput(
+                source,
+                record=asked.record,
+                window=Window(f"edgefold: {source_id}") if shown else None,
+                predictions=predictions,
+                events=events,
+                event_outputs=tuple(self._event_outputs.values()),
+                hub=None if self._page is None else self._page.hub,
+                silence_s=config.limits.degraded_s,
+            )
+        return list(self._outputs.values())
+
+    # --- while it runs, in the calling thread -----------------------------------------------------
+
+    def _take(self, answer: Answer) -> None:
+        output = self._outputs[answer.frame.source_id]
+        output.take(answer)
+        if output.user_closed:
             self._runtime.request_stop(_USER_CLOSED)
 
-    def tick(self) -> None:
-        self._display.update(self._metrics, self._latest)
+    def _tick(self) -> None:
+        if self._hangup:
+            self._hangup = False
+            if self._reloader.start():
+                self._reloading = True
+                self._notifier.reloading()
+        self._notifier.alive(self._runtime.last_beat_ns)
+        if self._page is not None:
+            self._page.beat()
+        now_s = time.monotonic()
+        if now_s - self._tidied_s < _HOUSEKEEPING_S:
+            return
+        self._tidied_s = now_s
+        if self._reloading and not self._reloader.busy:
+            self._reloading = False
+            self._notifier.ready()
+        self._states.update(source.feed.status() for source in self._sources)
+        for output in self._outputs.values():
+            output.tick()
+        self._display.update(
+            [
+                ShownSource(
+                    source.feed.source_id,
+                    source.feed.status().state.value,
+                    source.metrics,
+                    self._outputs[source.feed.source_id].latest,
+                )
+                for source in self._sources
+            ]
+        )
+
+    def _hang_up(self) -> None:
+        """Asks for a reload. Takes no lock, so a signal handler may call it."""
+        self._hangup = True
+
+    def _on_swap(self, old: LoadedEngine, new: LoadedEngine) -> None:
+        for source in self._sources:
+            source.metrics.engine_changed()
+
+    # --- closing ----------------------------------------------------------------------------------
+
+    def _close_feeds(self) -> None:
+        """All at once: one that must be killed takes its two seconds, and the others do not wait."""
+        if self._sources:
+            with ThreadPoolExecutor(len(self._sources), "stream-close") as pool:
+                for closing in [pool.submit(source.feed.close) for source in self._sources]:
+                    closing.result()
+
+    def _close_engine(self) -> None:
+        runtime: StreamRuntime | None = getattr(self, "_runtime", None)
+        if runtime is None or not runtime.engine_stuck:
+            self._slot.current.runner.close()
+
+    def _summary(self, ended: str, seconds: float, notes: list[str]) -> StreamSummary:
+        if self._runtime.engine_stuck:
+            raise DeviceFaultError(
+                f"the engine did not answer when the stream ended ({ended}); restart the process"
+            )
+        summary = summarize(
+            self._config,
+            self._sources,
+            self._engine_view(),
+            ended,
+            seconds,
+            max_age_ms=self._max_age_ms,
+            preprocessing=self._slot.current.golden,
+            notes=notes,
+        )
+        if summary.frames_inferred == 0 and ended == END_OF_SOURCE:
+            raise DataError(
+                f"{summary.source} gave no usable frame: {summary.frames_read} read, "
+                f"dropped {_reasons(summary.dropped)}" + "".join(f"; {note}" for note in summary.notes)
+            )
+        return summary
 
 
-def _open_sinks(
-    source: Source,
-    policy: DropPolicy,
-    record: Path | None,
-    predictions: Path | None,
-    headless: bool,
-    notes: list[str],
-) -> tuple[list[Sink], Window | None]:
-    sinks: list[Sink] = []
-    window: Window | None = None
-    if record is not None:
-        # Frame by frame where nothing is dropped; else by time, or the video would run too fast.
-        by_time = policy == "newest" or source.live
-        sinks.append(Recorder(record, source.fps, by_time))
-    if predictions is not None:
-        sinks.append(PredictionLog(predictions))
-    if not headless:
-        obstacle = window_obstacle()
-        if obstacle is None:
-            window = Window(f"edgefold: {source.source_id}")
-            sinks.append(window)
-        else:
-            notes.append(f"no window: {obstacle}")
-    return sinks, window
+def _capture_feed() -> FeedOpener:
+    from apps.streaming.capture import open_feed
+
+    opener: FeedOpener = open_feed
+    return opener
+
+
+def _check(config: StreamConfig) -> None:
+    """What the command line may get wrong by the name of its option, then everything else."""
+    if not config.sources:
+        raise UsageError("there is nothing to stream; give --source")
+    for option, count in (("--max-frames", config.max_frames), ("--streams", config.streams)):
+        if count is not None and count < 1:
+            raise UsageError(f"{option} {count} leaves nothing to do; give at least 1")
+    if config.max_batch < 1:
+        raise UsageError(f"--batch {config.max_batch} leaves nothing to do; give at least 1")
+    for option, value in (("--max-seconds", config.max_seconds), ("--max-age", config.max_age_ms)):
+        if value is not None and not value > 0:
+            raise UsageError(f"{option} {value:g} leaves nothing to do; give more than 0")
+    check_config(config)
 
 
 @contextmanager
-def _closing(sinks: list[Sink]) -> Iterator[None]:
-    """Closes all sinks, after an error too: what was recorded up to then is kept, and playable."""
+def _closing(outputs: Sequence[SourceOutput]) -> Iterator[None]:
+    """Closes all outputs, after an error too: what was recorded up to then is kept, and playable."""
     with ExitStack() as stack:
-        for sink in sinks:
-            stack.callback(sink.close)
+        for output in outputs:
+            stack.callback(output.close)
         yield
 
 
 @contextmanager
-def _signals(request_stop: Callable[[str], None]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks for a clean end, the second ends the process."""
+def _signals(request_stop: Callable[[str], None], hang_up: Callable[[], None]) -> Iterator[None]:
+    """SIGHUP asks for a reload; the first SIGINT or SIGTERM for a clean end, the second ends the process."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -286,87 +412,21 @@ def _signals(request_stop: Callable[[str], None]) -> Iterator[None]:
 
     def handle(number: int, _: object) -> None:
         nonlocal seen
+        if number == signal.SIGHUP:
+            hang_up()
+            return
         if seen:
             os._exit(128 + number)
         seen = True
         request_stop(signal.Signals(number).name)
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    previous = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _model_classes(bundle: Bundle) -> ModelClasses:
-    labels, count = bundle.manifest.labels, bundle.manifest.model.num_classes
-    if labels and len(labels) != count:
-        raise IntegrityError(
-            f"the bundle {bundle.path} names {len(labels)} labels for {count} classes; build it again"
-        )
-    return ModelClasses(labels, count)
-
-
-def _engine_for(bundle: Bundle, precision: StreamPrecision) -> str:
-    """The engine that the bundle was built for; a CPU's for the folded model beside a plan."""
-    built = bundle.manifest.ready_engine()
-    beside_a_plan = bundle.manifest.deployment is not None and precision != bundle.manifest.precision
-    return _CPU_ENGINE if beside_a_plan else built.backend
-
-
-def _load_runner(bundle: Bundle, engine: str, precision: StreamPrecision, cache_dir: Path | None) -> Runner:
-    """The engine on the bundle's model file, with the interface that the manifest promises."""
-    manifest, built = bundle.manifest, bundle.manifest.ready_engine()
-    names = {"fp32": _FOLDED_NAME, manifest.precision: built.file}
-    if precision not in names:
-        raise UsageError(f"the bundle {bundle.path} has {' and '.join(names)} models, none in {precision}")
-    name = names[precision]
-    is_plan = manifest.deployment is not None and name == built.file
-    if is_plan and engine != built.backend:
-        raise UsageError(
-            f"the engine of bundle {bundle.path} is a plan of {built.backend}, which {engine} cannot run: leave --engine out, "
-            "or give --precision fp32 for the folded model"
-        )
-    backend = engines.get_backend(engine)
-    artifact = EngineArtifact(
-        path=bundle.file(name),
-        sha256=bundle.sha256(name),
-        model_sha256=bundle.sha256(name),
-        backend=engine,
-        # A plan is bound to what built it, and refused elsewhere by both names; an ONNX file is not.
-        fingerprint=built.fingerprint if is_plan else backend.fingerprint(),
-        portable=not is_plan,
-    )
-    runner = backend.load(artifact, EngineOptions(mode="latency", batch=1, cache_dir=cache_dir))
-    n_scores = runner.outputs[0].shape[-1]
-    if isinstance(n_scores, int) and n_scores != manifest.model.num_classes:
-        runner.close()
-        raise IntegrityError(
-            f"the model in {bundle.path} gives {n_scores} scores, its manifest says "
-            f"{manifest.model.num_classes} classes; build the bundle again"
-        )
-    return runner
-
-
-def _preparer(bundle: Bundle, runner: Runner) -> Callable[[Frame], NDArray[Any]]:
-    """Frame to the engine's input, batch of one; normalized here only where the graph does not."""
-    spec, color = bundle.manifest.preprocess, bundle.manifest.input_color
-    takes_pixels = runner.inputs[0].dtype == "uint8"
-
-    def prepare(frame: Frame) -> NDArray[Any]:
-        pixels = to_network_pixels(frame.image, frame.pixel_format, spec, color)[np.newaxis]
-        return pixels if takes_pixels else normalize(pixels, spec, color)
-
-    return prepare
-
-
-def _pace_fps(source: Source, policy: DropPolicy, fps: float | None) -> float | None:
-    """A camera sets its own pace. Whatever is to look live is played at its rate; the rest runs as
-    fast as the engine takes it, unless a rate was asked for."""
-    if source.self_paced:
-        return None
-    return source.fps if source.live or policy == "newest" or fps is not None else None
 
 
 def _reasons(dropped: dict[str, int]) -> str:

@@ -20,7 +20,7 @@ from apps.streaming.predictions import Prediction
 from pipeline.artifacts import Frame
 from pipeline.errors import EdgefoldError, UnsupportedError, UsageError
 
-__all__ = ["PredictionLog", "Recorder", "Sink", "Window", "window_obstacle"]
+__all__ = ["PredictionLog", "Recorder", "Sink", "Window", "check_mp4_path", "window_obstacle"]
 
 _FREE_RESERVE_BYTES = 16 * 1024 * 1024
 _FREE_CHECK_S = 1.0
@@ -98,12 +98,7 @@ class Recorder:
 
     def __init__(self, path: Path, fps: float, by_time: bool) -> None:
         self._cv2 = opencv.load("recording a video")
-        if path.suffix.lower() != ".mp4":
-            raise UsageError(f"--record writes MP4; name the file {path.with_suffix('.mp4').name}")
-        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-            raise UsageError(f"cannot record to {path}: {path.parent} is no folder that can be written to")
-        if path.is_dir():
-            raise UsageError(f"cannot record to {path}: it is a folder")
+        check_mp4_path(path)
         self._path = path
         self._partial = path.with_name(f".{path.stem}.partial.mp4")
         self._fps = fps
@@ -114,6 +109,8 @@ class Recorder:
         self._last: NDArray[np.uint8] | None = None
         self._next_free_check_s = 0.0
         self.n_written = 0
+        self.complete = False
+        """Whether the video is whole and has its name; set by `close`."""
         self._check_space()
 
     def write(self, frame: Frame, prediction: Prediction, picture: NDArray[np.uint8] | None) -> None:
@@ -146,7 +143,10 @@ class Recorder:
         self._writer = None
         try:
             self._check_whole()
+            with self._partial.open("rb") as file:
+                os.fsync(file.fileno())  # a power cut after this leaves a video, or nothing, of that name
             self._partial.replace(self._path)
+            self.complete = True
         except OSError as error:
             raise EdgefoldError(f"the recording {self._path} could not be kept: {error.strerror}") from error
         finally:
@@ -210,6 +210,20 @@ class Recorder:
             self._writer.release()
             self._writer = None
         self._partial.unlink(missing_ok=True)
+
+
+def check_mp4_path(path: Path) -> None:
+    """Checks where a recording is to go before there is a picture to record.
+
+    Raises:
+        UsageError: not an ``.mp4``, or the folder cannot be written to.
+    """
+    if path.suffix.lower() != ".mp4":
+        raise UsageError(f"--record writes MP4; name the file {path.with_suffix('.mp4').name}")
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"cannot record to {path}: {path.parent} is no folder that can be written to")
+    if path.is_dir():
+        raise UsageError(f"cannot record to {path}: it is a folder")
 
 
 class Window:

@@ -2,6 +2,7 @@
 
 from calibration.correction.correcting import Corrector, placed_graph
 from calibration.correction.records import (
+    AUTO,
     CORRECTIONS,
     CorrectionRecord,
     checked_corrections,
@@ -9,6 +10,7 @@ from calibration.correction.records import (
 )
 
 __all__ = [
+    "AUTO",
     "CORRECTIONS",
     "CorrectionRecord",
     "Corrector",

@@ -11,18 +11,14 @@ from numpy.typing import NDArray
 
 from calibration.correction.channels import ChannelAtoms, Layer
 from calibration.correction.equalization import ChannelRanges, read_scales, scaled_weight
-from calibration.correction.layerwise import LayerwiseRun
-from calibration.correction.linear import linear_layer
+from calibration.correction.probe import LayerProbe
 from calibration.correction.records import CorrectionRecord
 from calibration.placement import Placement
 from calibration.qparams import ACTIVATION_FORMS, dequantize, per_channel_int8, quantize
 from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.contracts import RunnerFactory
-from pipeline.metrics import sqnr_db
 
 __all__ = ["judge_scales"]
-
-_POSITIONS = 4096
 
 
 def judge_scales(
@@ -49,36 +45,30 @@ def judge_scales(
         placement: where Q/DQ will stand.
         images: uint8 NHWC, none that `ranges` is from.
         float_weights: judge what the input's grid costs alone.
-        runner_factory: makes the runners of the pieces.
-        folder: for their files.
+        runner_factory: makes the fp32 runner.
+        folder: for its file.
 
     Returns:
         The scales that are kept, 1 for others, and a record of every layer.
     """
-    run = LayerwiseRun(model, images, runner_factory, folder)
+    probe = LayerProbe(model)
     unit_of = _units(atoms, [point.tensor for point in placement.activations])
     quantized = {weight.consumer.node for weight in placement.weights}
-    judged: list[tuple[int, CorrectionRecord]] = []
+    units: list[int] = []
     for layer in atoms.layers:
         read = read_scales(layer, atoms, scales)
         name = layer.node.outputs[0].name or ""
-        linear = linear_layer(layer.node, layer.point)
         if read is None or (read == 1.0).all() or layer.point.input not in ranges or name not in quantized:
             continue
-        if isinstance(linear, str):
-            continue
-        inputs, outputs = run.advance(layer.point.input), run.advance(name)
         grid = ACTIVATION_FORMS[placement.activation_form](_hull(ranges[layer.point.input]))
-        offset = _bias(layer).reshape(linear.n_groups, 1, -1)
-        db = []
-        for scale in (np.ones(len(read)), read):
-            rng = np.random.default_rng(0)  # the same positions for both
-            seen = dequantize(quantize(inputs * _along_channels(scale, inputs.ndim), grid), grid)
-            samples = linear.samples(seen, None, outputs, np.arange(len(images)), _POSITIONS, rng)
-            matrix = linear.matrix(_rounded(layer, scale, float_weights)).transpose(0, 2, 1)
-            db.append(sqnr_db(samples.outputs, samples.inputs @ matrix + offset))
-        unit = int(unit_of[atoms.of[layer.point.input][0]])
-        judged.append((unit, CorrectionRecord(name, "equalize", db[0], db[1], True)))
+        probe.add(name, _rounded(layer, None, float_weights), grid)
+        probe.add(name, _rounded(layer, read, float_weights), grid, read)
+        units.append(int(unit_of[atoms.of[layer.point.input][0]]))
+    seen = [(name, result.sqnr_db()) for name, result in probe.run(images, runner_factory, folder)]
+    judged = [
+        (unit, CorrectionRecord(name, "equalize", before_db, after_db, True))
+        for unit, (name, before_db), (_, after_db) in zip(units, seen[::2], seen[1::2], strict=True)
+    ]
     worse = {unit for unit, _ in judged if not _gains([r for u, r in judged if u == unit])}
     kept = scales.copy()
     kept[np.isin(unit_of, sorted(worse))] = 1.0
@@ -107,7 +97,7 @@ def _gains(records: list[CorrectionRecord]) -> bool:
     return bool(after < before)
 
 
-def _rounded(layer: Layer, read: NDArray[np.float64], float_weights: bool) -> NDArray[np.float32]:
+def _rounded(layer: Layer, read: NDArray[np.float64] | None, float_weights: bool) -> NDArray[np.float32]:
     constant = layer.node.inputs[1]
     assert constant is not None
     assert constant.const_value is not None
@@ -118,17 +108,5 @@ def _rounded(layer: Layer, read: NDArray[np.float64], float_weights: bool) -> ND
     return dequantize(quantize(weight, params), params)
 
 
-def _bias(layer: Layer) -> NDArray[np.float32]:
-    bias = layer.node.inputs[2] if len(layer.node.inputs) > 2 else None
-    if bias is None or bias.const_value is None:
-        return np.zeros(layer.n_groups, np.float32)
-    array: NDArray[np.float32] = bias.const_value.numpy()
-    return array
-
-
 def _hull(ranges: tuple[NDArray[Any], NDArray[Any]]) -> TensorRange:
     return TensorRange(float(ranges[0].min()), float(ranges[1].max()))
-
-
-def _along_channels(scale: NDArray[np.float64], rank: int) -> NDArray[np.float32]:
-    return scale.astype(np.float32).reshape(1, -1, *[1] * (rank - 2))

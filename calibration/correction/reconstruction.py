@@ -7,9 +7,8 @@ quantized. Three corrections are solved on samples of most images and judged on 
 * **ranges**: the width of the input's grid, and of each output channel's weight grid, that make the squared
   error at the layer's output least. (A range that is best for the tensor need not be best for the layer:
   what matters of an input is what the weights make of it.)
-* **bias**: ``b = E[y] - W E[x]``. Rounded weights and clipped inputs shift the mean of every output channel, and
-  a shift does not average out over the positions (Nagel et al., "Data-Free Quantization Through Weight
-  Equalization and Bias Correction", arXiv 1906.04721, section 4.2, in its empirical form).
+* **bias**: ``b = E[y] - W E[x]``, for the weights that adaptive rounding chooses. By itself this form does harm, and
+  `calibration.correction.bias` takes its place.
 * **adaround**: `calibration.correction.rounding`.
 
 What comes out is an fp32 model again, whose weights lie on their int8 grids. Quantizing it gives exactly the
@@ -33,7 +32,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from calibration.correction.layerwise import LayerwiseRun
 from calibration.correction.linear import LinearLayer, Samples, linear_layer
 from calibration.correction.ranges import search_activation_range, search_weight_scale
-from calibration.correction.records import CorrectionRecord
+from calibration.correction.records import CorrectionRecord, judging
 from calibration.correction.rounding import (
     Moments,
     at_the_ends,
@@ -49,15 +48,13 @@ from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.contracts import Progress, RunnerFactory
 from pipeline.metrics import sqnr_db
 
-__all__ = ["Reconstruction", "reconstruct"]
+__all__ = ["MAX_SUMS", "Reconstruction", "n_sampled", "reconstruct"]
 
 RIDGES = (3.0, 0.3, 0.03)
 """Tried for every layer: how far a layer may go in making up for the noise of those before it depends on how
 many samples there are for how many weights. Not going at all is tried as well."""
 MAX_SUMS = 4608
 """Rounding solves a dense system of this size at most: 512 channels of a 3×3 kernel, 170 MB."""
-_HELD_EVERY = 5
-"""One image in so many judges; at least three are needed, so that one does."""
 _MIN_POSITIONS = 20_000
 _POSITIONS_A_SUM = 16
 _MAX_SAMPLES = 2**25
@@ -114,7 +111,7 @@ def reconstruct(
         placement: where Q/DQ will stand.
         ranges: of every tensor in ``placement.observed``.
         images: uint8 ``[N, H, W, 3]``, N at least 3; one in five is kept for judging.
-        corrections: some of ``ranges``, ``bias`` and ``adaround``.
+        corrections: some of ``ranges``, ``bias`` and ``adaround``; ``bias`` with ``adaround`` only.
         runner_factory: makes the runners of the pieces.
         folder: for temporary files.
         progress: told of every layer.
@@ -154,8 +151,8 @@ class _Run:
         ShapeInferencePass(data_prop=True)(self._graph)
         self._quantized = LayerwiseRun(self._graph, images, runner_factory, folder)
         self._values = {value.name: value for node in self._graph.graph for value in node.outputs}
-        is_held = np.arange(len(images)) % _HELD_EVERY == _HELD_EVERY // 2
-        self._fit, self._held = np.flatnonzero(~is_held), np.flatnonzero(is_held)
+        judges = judging(len(images))
+        self._fit, self._held = np.flatnonzero(~judges), np.flatnonzero(judges)
         self._rng = np.random.default_rng(0)
         self._own_grid = _grids_of_one_tensor(placement)
 
@@ -308,9 +305,7 @@ class _Run:
         images: NDArray[np.intp],
         at_most: int = _MAX_SAMPLES,
     ) -> Samples:
-        wanted = max(_MIN_POSITIONS, _POSITIONS_A_SUM * linear.n_sums)
-        if images is self._held:
-            wanted = _HELD_POSITIONS
+        wanted = _HELD_POSITIONS if images is self._held else n_sampled(linear)
         wanted = min(wanted, max(1, at_most // (linear.n_sums * linear.n_groups)))
         return linear.samples(inputs, grid, outputs, images, wanted, self._rng)
 
@@ -327,6 +322,12 @@ class _Run:
 
     def _constant(self, name: str) -> NDArray[np.float32]:
         return _array(self._model.graph.initializers[name])
+
+
+def n_sampled(layer: LinearLayer) -> int:
+    """Positions that a layer is solved on, about."""
+    wanted = max(_MIN_POSITIONS, _POSITIONS_A_SUM * layer.n_sums)
+    return min(wanted, max(1, _MAX_SAMPLES // (layer.n_sums * layer.n_groups)))
 
 
 def _grids_of_one_tensor(placement: Placement) -> dict[str, ActivationPoint]:

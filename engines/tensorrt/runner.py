@@ -60,7 +60,7 @@ class TensorRtRunner(CheckedRunner):
         Args:
             plan: the plan; not needed any more afterwards.
             api: the flavour that built it.
-            options: ``batch`` fixes the batch; ``threads`` is the number of streams in throughput mode;
+            options: ``batch`` fixes the batch; ``streams``, or else in throughput mode ``threads``, is the number of streams;
                 ``cache_dir`` keeps TensorRT-RTX's compiled kernels.
             path: where the plan is from, for messages.
             device: the GPU; opened, and closed with the runner, where not given.
@@ -71,7 +71,8 @@ class TensorRtRunner(CheckedRunner):
             EngineError: the plan cannot be deserialized here, has an interface that is not served, or memory is short.
         """
         check_options(options)
-        n_streams = 1 if options.mode == "latency" else options.threads or _THROUGHPUT_STREAMS
+        by_mode = 1 if options.mode == "latency" else options.threads or _THROUGHPUT_STREAMS
+        n_streams = options.streams or by_mode
         self._owns_device = device is None
         self._device = open_device() if device is None else device
         self._loaded: _LoadedPlan | None = None

@@ -52,6 +52,13 @@ def test_a_bundle_int8_against_fp32(bundle):
     assert ratio["low"] <= ratio["median"] <= ratio["high"]
 
 
+def test_the_power_mode_stands_beside_the_latencies(bundle, monkeypatch):
+    monkeypatch.setattr("apps.power_mode.read_power_mode", lambda: "MODE_30W")
+    asked = (bundle, "--seconds", 0.1, "--rounds", 1, "--precision", "int8")
+    assert json.loads(_run(*asked, "--json").stdout)["power_mode"] == "MODE_30W"
+    assert "power mode: MODE_30W" in " ".join(_run(*asked).stderr.split())
+
+
 def test_an_onnx_file_as_it_is(tmp_path):
     make_fp32(tmp_path / "mine.onnx")
     result = _run(tmp_path / "mine.onnx", "--seconds", 0.1, "--rounds", 1, "--mode", "throughput")

@@ -80,8 +80,15 @@ def test_the_layer_that_breaks_stays_in_float_and_the_budget_is_met(
     manifest = open_bundle(fragile.out).manifest
     assert manifest.accuracy is not None
     assert manifest.accuracy.drop_points == 0.0
-    assert [stage.stage for stage in manifest.stages] == ["export", "fold", "quantize", "search", "engine"]
-    search = manifest.stages[3].checks
+    assert [stage.stage for stage in manifest.stages] == [
+        "export",
+        "fold",
+        "correct",
+        "quantize",
+        "search",
+        "engine",
+    ]
+    search = manifest.stages[4].checks
     # Which of the two plans is the faster one is up to the machine; the other layer alone is none.
     assert search["kept_in_float"][0]["layer"] == "logits"
     assert "of the logits' noise" in search["kept_in_float"][0]["reason"]
@@ -93,7 +100,7 @@ def test_the_layer_that_breaks_stays_in_float_and_the_budget_is_met(
         search["sensitivity"][1]["layer"],
     }
     assert set(search["confirmed_ms"]) == {"int8", "plan", "fp32"}
-    assert manifest.files["model.int8.onnx"].sha256 in manifest.stages[3].outputs
+    assert manifest.files["model.int8.onnx"].sha256 in manifest.stages[4].outputs
     assert list((fragile.out.parent / "cache" / "search").glob("search-*.json")) == [], (
         "a finished search keeps nothing"
     )

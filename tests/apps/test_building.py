@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -15,7 +16,7 @@ from tinted import FACTORY, write_tinted_images
 
 from apps.building import build
 from apps.cli import main
-from apps.publishing import BuildRequest
+from apps.publishing import BuildRequest, print_build
 from pipeline.bundle import open_bundle
 from pipeline.errors import (
     AccuracyGateError,
@@ -64,8 +65,15 @@ def test_a_users_own_model_becomes_a_judged_bundle(model_py: str, images: Path, 
     outcome = build(request(model_py, images, tmp_path / "bundle"), quiet)
     bundle = open_bundle(tmp_path / "bundle")
     assert bundle.manifest == outcome.bundle.manifest
-    assert {"model.onnx", "model.int8.onnx", "calibration.json", "report.html"} == set(bundle.manifest.files)
-    assert [stage.stage for stage in bundle.manifest.stages] == ["export", "fold", "quantize", "engine"]
+    assert set(bundle.manifest.files) == {
+        "model.onnx",
+        "model.int8.onnx",
+        "calibration.json",
+        "golden.npz",
+        "report.html",
+    }
+    stages = [stage.stage for stage in bundle.manifest.stages]
+    assert stages == ["export", "fold", "correct", "quantize", "engine"]
     assert bundle.manifest.labels == ("a_red", "b_blue")
     assert bundle.manifest.preprocess_folded
     assert bundle.manifest.accuracy is not None
@@ -105,6 +113,27 @@ def test_each_stage_takes_what_the_one_before_made(model_py: str, images: Path, 
         assert set(before.outputs) & set(after.inputs), f"{after.stage} does not start from {before.stage}"
 
 
+def test_what_was_corrected_is_printed_with_its_cost_and_can_be_switched_off(
+    model_py: str, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = build(request(model_py, images, tmp_path / "bundle", eval_data=None), quiet)
+    print_build(outcome)
+    printed = " ".join(capsys.readouterr().err.split())
+    (checks,) = (s.checks for s in outcome.bundle.manifest.stages if s.stage == "correct")
+    assert checks["corrections"] == ["bias", "adaround"]
+    assert f"bias+adaround {checks['seconds_of']['bias+adaround']:.1f} s, " in printed
+    assert ", made from 20 images" in printed
+    assert " logits: from " in printed
+    assert [gain["correction"] for gain in checks["gains"]] == ["bias", "adaround"]
+    assert "bias: the median of 2 layers from " in printed
+    assert "equalize left out: does not pay on every network measured" in printed
+    assert json.loads(outcome.to_json())["corrections"]["corrections"] == ["bias", "adaround"]
+    plain = build(request(model_py, images, tmp_path / "plain", eval_data=None, corrections="none"), quiet)
+    assert "correct" not in {stage.stage for stage in plain.bundle.manifest.stages}
+    print_build(plain)
+    assert "corrections" not in capsys.readouterr().err
+
+
 def test_fp32_needs_no_calibration(model_py: str, images: Path, tmp_path: Path) -> None:
     plain = request(model_py, images, tmp_path / "bundle", precision="fp32", calib=None)
     manifest = build(plain, quiet).bundle.manifest
@@ -141,7 +170,6 @@ def test_bad_requests_are_refused_before_any_work(model_py: str, images: Path, t
         ({"calib": None}, UsageError, "--calib"),
         ({"target": "jetson-orin-nx", "jetpack": "7.1"}, UnsupportedError, "sm_87"),
         ({"target": "jetson-orin-nx", "engine": "openvino"}, UsageError, "TensorRT plan"),
-        ({"target": "jetson-orin-nx", "corrections": "bias"}, UsageError, "CPU targets"),
         ({"corrections": "bias,smooth"}, UsageError, "no correction 'smooth'"),
         ({"target": "jetson-xavier-nx"}, UnsupportedError, "JetPack"),
         ({"target": "jetson-orin-nx", "dla": True, "precision": "fp16"}, UsageError, "--dla"),
@@ -257,7 +285,8 @@ def test_three_commands_of_a_new_user(
 def test_ranges_of_an_earlier_bundle_are_used_without_images(
     model_py: str, images: Path, tmp_path: Path
 ) -> None:
-    first = build(request(model_py, images, tmp_path / "first", calibrator="mse"), quiet).bundle
+    plain = request(model_py, images, tmp_path / "first", calibrator="mse", corrections="none")
+    first = build(plain, quiet).bundle
     for source in (first.path, first.file("calibration.json")):
         again = build(
             request(model_py, images, tmp_path / "again", calib=None, calibration=source), quiet
@@ -275,10 +304,33 @@ def test_ranges_of_an_earlier_bundle_are_used_without_images(
     assert table == first.sha256("calibration.json")
 
 
+def test_the_table_of_a_corrected_build_gives_its_ranges_to_those_who_ask(
+    model_py: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = build(request(model_py, images, tmp_path / "first"), quiet).bundle
+    plain = build(request(model_py, images, tmp_path / "plain", corrections="none"), quiet).bundle
+    reused = request(model_py, images, tmp_path / "again", calib=None, calibration=first.path)
+    with pytest.raises(IntegrityError, match="corrections: bias,adaround in the table, none here"):
+        build(reused, quiet)
+    capfd.readouterr()
+    again = build(dataclasses.replace(reused, corrections="none"), quiet).bundle
+    assert "was corrected (bias, adaround)" in " ".join(capfd.readouterr().err.split())
+    for name in ("model.int8.onnx", "calibration.json"):
+        assert again.sha256(name) == plain.sha256(name)
+    assert again.sha256("calibration.json") != first.sha256("calibration.json")
+    device = dataclasses.replace(reused, target="jetson-orin-nx")
+    with pytest.raises(IntegrityError, match="corrections: bias,adaround"):
+        build(device, quiet)
+    device = dataclasses.replace(device, corrections="none")
+    assert build(device, quiet).bundle.sha256("calibration.json") == plain.sha256("calibration.json")
+
+
 def test_a_calibration_that_does_not_fit_is_refused_by_name(
     model_py: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = build(request(model_py, images, tmp_path / "first", calibrator="mse"), quiet).bundle
+    first = build(
+        request(model_py, images, tmp_path / "first", calibrator="mse", corrections="none"), quiet
+    ).bundle
     plain = build(request(model_py, images, tmp_path / "fp32", precision="fp32", calib=None), quiet).bundle
     (images / "a_red" / "0.png").unlink()  # other images than those of the table
 

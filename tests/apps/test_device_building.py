@@ -20,6 +20,7 @@ from apps.cli import main
 from apps.device_building import DLA_CACHE_NAME, DLA_GRAPH_NAME, DLA_REPORT_NAME
 from apps.finishing import AUDIT_NAME, FinishOptions, finish
 from apps.plans import Builder, find_builder
+from apps.power_mode import read_power_mode
 from apps.publishing import BuildRequest
 from engines.tensorrt.api import TensorRtApi
 from engines.tensorrt.audit import report_from_json
@@ -29,6 +30,7 @@ from engines.tensorrt.plan import identify_plan
 from pipeline.artifacts import EngineArtifact, Fingerprint
 from pipeline.bundle import Bundle, open_bundle
 from pipeline.errors import AccuracyGateError, EngineError, UnsupportedError, UsageError
+from pipeline.golden_frames import read_golden
 from pipeline.onnx_files import load_model
 from pipeline.validation_result import ValidationResult
 
@@ -81,6 +83,9 @@ class TestOnTheHost:
         assert deployment is not None
         assert manifest.engine is None
         assert (deployment.sm, deployment.jetpack, deployment.tensorrt) == (87, "6.2", "10.3")
+        (corrected,) = (stage for stage in manifest.stages if stage.stage == "correct")
+        assert corrected.checks["corrections"] == ["bias", "adaround"]
+        assert corrected.outputs[0] in manifest.stages[-1].inputs, "what int8 was made from"
         names = [candidate.name for candidate in deployment.candidates]
         assert names[0] == "int8"
         assert names[-1] == "fp16"
@@ -90,6 +95,9 @@ class TestOnTheHost:
             assert candidate.accuracy is not None, "emulated here"
             assert candidate.accuracy.int8_top1 == 1.0
         assert {"model.onnx", "calibration.json", "report.html", AUDIT_NAME} <= set(manifest.files)
+        golden = read_golden(for_jetson)
+        assert golden is not None
+        assert set(golden.logits) == {"model.onnx", *(candidate.file for candidate in deployment.candidates)}
         assert report_from_json(for_jetson.read_bytes(AUDIT_NAME)).source == "predicted"
         page = for_jetson.read_bytes("report.html").decode()
         section = page[page.index('<section id="device">') :]
@@ -218,8 +226,9 @@ class TestFinish:
         assert printed["chosen"] == "int8"
         finished = open_bundle(path)
         assert finished.manifest.ready_engine().file in finished.manifest.files
-        assert [s.stage for s in finished.manifest.stages].count("plan") == 1
-        untouched = {"model.onnx", "model.int8.onnx", "calibration.json", "report.html"}
+        (plan,) = (s for s in finished.manifest.stages if s.stage == "plan")
+        assert plan.checks["power_mode"] == read_power_mode(), "beside the latencies that were measured in it"
+        untouched = {"model.onnx", "model.int8.onnx", "calibration.json", "golden.npz", "report.html"}
         assert all(finished.sha256(name) == for_l4.sha256(name) for name in untouched)
 
     def test_a_bundle_for_a_cpu_has_nothing_to_finish(self, workplace: Path) -> None:

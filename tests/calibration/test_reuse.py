@@ -8,7 +8,7 @@ import pytest
 from calibration_models import DATASET, batches, make_model
 
 from calibration.quantizer import StaticQuantizer
-from calibration.reuse import Reuse, TableQuantizer, check_reuse
+from calibration.reuse import Reuse, TableQuantizer, check_reuse, ranges_alone
 from calibration.table import table_from_json, table_to_json
 from pipeline.artifacts import PreprocessSpec
 from pipeline.errors import CalibrationError, IntegrityError
@@ -55,9 +55,48 @@ def test_the_int8_graph_is_the_same_without_an_image(model, tmp_path):
 def test_the_table_says_all_it_was_made_from(model, tmp_path):
     table = calibrate(model, tmp_path / "int8.onnx", corrections=("ranges", "bias"))[1]
     assert table.tools == TOOLS
-    assert table.corrections == ("bias", "ranges")
+    assert table.corrections == ("ranges", "bias")
     assert table.method_options == {"percent": 99.99, "histogram_bins": 16384, "samples_per_image": 4096}
     assert table.dataset_sha256 == DATASET
+
+
+def test_corrections_are_named_as_made_not_as_asked_for(model, tmp_path):
+    assert calibrate(model, tmp_path / "int8.onnx", corrections=("auto",))[1].corrections == (
+        "bias",
+        "adaround",
+    )
+    assert calibrate(model, tmp_path / "int8.onnx")[1].corrections == ()
+
+
+def test_ranges_without_the_corrections_are_given_to_those_who_ask(model, tmp_path):
+    plain = calibrate(model, tmp_path / "plain.onnx")[0]
+    corrected, table, _ = calibrate(model, tmp_path / "first.onnx", corrections=("bias", "adaround"))
+
+    def reuse(reuse):
+        return TableQuantizer(table, "cpu", reuse).quantize(
+            model, no_images, DATASET, tmp_path / "second.onnx", nothing
+        )
+
+    with pytest.raises(
+        IntegrityError, match=r"corrections: bias,adaround .* --corrections none uses the ranges"
+    ):
+        reuse(REUSE)
+    again, kept, _ = reuse(dataclasses.replace(REUSE, without_corrections=True))
+    assert kept.corrections == (), "this build made none"
+    assert again.sha256 == plain.sha256 != corrected.sha256
+
+
+def test_a_searched_range_stays_named_where_it_is_used(model, tmp_path):
+    table = calibrate(model, tmp_path / "first.onnx", corrections=("ranges", "adaround"))[1]
+    assert ranges_alone(table).corrections == ("ranges",)
+    assert ranges_alone(table).ranges == table.ranges
+
+
+def test_ranges_of_an_equalized_model_are_refused_however_asked_for(model, tmp_path):
+    table = dataclasses.replace(calibrate(model, tmp_path / "int8.onnx")[1], corrections=("equalize",))
+    for without in (False, True):
+        with pytest.raises(IntegrityError, match="Equalization gave the model other weights"):
+            check_reuse(table, model, dataclasses.replace(REUSE, without_corrections=without))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +113,7 @@ def test_the_table_says_all_it_was_made_from(model, tmp_path):
             "99.99",
         ),
         ({"method_options": {}}, "option samples_per_image of percentile", "not recorded", "4096"),
-        ({"corrections": ("adaround", "bias")}, "corrections", "adaround,bias", "none"),
+        ({"corrections": ("bias", "adaround")}, "corrections", "bias,adaround", "none"),
         ({"tools": {**TOOLS, "numpy": "1.26"}}, "version of numpy", "1.26", "2.0"),
         ({"tools": {"edgefold": "1.0", "numpy": "2.0"}}, "version of openvino", "not recorded", "2026.4"),
         ({"tools": {**TOOLS, "opencv": "5.0"}}, "version of opencv", "5.0", "not recorded"),

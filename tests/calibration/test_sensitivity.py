@@ -7,6 +7,7 @@ import itertools
 import json
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from calibration_models import DATASET, GRAPH, HW, batches, images, logits, make_model
 from onnx_text import weight
@@ -54,7 +55,7 @@ def measure(calibrated, **options):
     return measure_sensitivity(model, table, statistics, **settings)
 
 
-def one_at_a_time(calibrated, tmp_path):
+def one_at_a_time(calibrated, tmp_path, corrected=None):
     """SQNR of the logits of the int8 graph with one layer in int8 and the others in float."""
     model, table, _ = calibrated
     pixels = np.concatenate(list(batches()))[:N_IMAGES]
@@ -62,7 +63,7 @@ def one_at_a_time(calibrated, tmp_path):
     found = {}
     for layer in LAYERS:
         path = tmp_path / f"{layer}.onnx"
-        apply_table(model, table, "cpu", path, frozenset(LAYERS) - {layer})
+        apply_table(model, table, "cpu", path, frozenset(LAYERS) - {layer}, corrected)
         found[layer] = sqnr_db(expected, logits(path, pixels))
     return found
 
@@ -72,6 +73,29 @@ def test_it_is_what_switching_one_layer_at_a_time_shows(calibrated, tmp_path):
     assert found.keys() == set(LAYERS)
     for layer, db in one_at_a_time(calibrated, tmp_path).items():
         assert found[layer].logits_sqnr_db == pytest.approx(db, abs=SENSITIVITY_DB), layer
+
+
+def test_of_a_corrected_model_it_is_the_cost_of_the_corrected_layer(calibrated, tmp_path):
+    """The weights of d cut off instead of rounded, c's bias moved: costs that the model itself has not."""
+    model, _, _ = calibrated
+    graph = load_model(model.path)
+    for name, change in (
+        ("v", lambda v: np.trunc(v / np.abs(v).max() * 127) * np.abs(v).max() / 127),
+        ("b", lambda b: b + 0.05),
+    ):
+        value = graph.graph.initializers[name]
+        value.const_value = ir.tensor(change(value.const_value.numpy()).astype(np.float32), name=name)
+    path = tmp_path / "corrected.onnx"
+    corrected = dataclasses.replace(model, path=path, sha256=save_model(graph, path))
+    own = {entry.layer: entry.logits_sqnr_db for entry in measure(calibrated, n_images=N_IMAGES)}
+    found = {
+        entry.layer: entry.logits_sqnr_db
+        for entry in measure(calibrated, n_images=N_IMAGES, corrected=corrected)
+    }
+    assert max(abs(found[layer] - own[layer]) for layer in ("c", "d")) > 3 * SENSITIVITY_DB
+    singly = one_at_a_time(calibrated, tmp_path, corrected)
+    for layer in ("c", "d"):
+        assert found[layer] == pytest.approx(singly[layer], abs=SENSITIVITY_DB), layer
 
 
 def test_the_layer_made_bad_comes_first(calibrated):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +15,15 @@ import onnx.parser
 import pytest
 from numpy.typing import NDArray
 
-from apps.streaming.sources import Delivered
-from pipeline.artifacts import Fingerprint, PreprocessSpec, TensorSpec
+from apps.streaming.config import CaptureLimits, SourceConfig
+from apps.streaming.contracts import CapturedFrame, SourceState, SourceStatus
+from apps.streaming.engine_slot import EngineSlot
+from apps.streaming.frames import as_image, defect
+from apps.streaming.loading import LoadedEngine
+from apps.streaming.metrics import StreamMetrics
+from apps.streaming.scheduling import RuntimeFeed
+from apps.streaming.sources import Delivered, ModelClasses, SourceUri, open_source
+from pipeline.artifacts import Fingerprint, Frame, PreprocessSpec, TensorSpec
 from pipeline.bundle import BundleWriter
 from pipeline.contracts import Outputs
 from pipeline.manifest import EngineRecord, Manifest, ModelSource
@@ -32,6 +41,160 @@ mean_color (uint8[batch, 16, 16, 3] input) => (float[batch, 3] logits) {
     logits = Mul (means, scale)
 }
 """
+
+
+class ThreadFeed:
+    """A `Feed` over a source that is read in a thread, as simple as can be: bounded, paced, never restarted.
+
+    `n_out` are the frames that were taken and not released.
+    """
+
+    def __init__(
+        self,
+        source: Any,
+        policy: str,
+        metrics: StreamMetrics,
+        *,
+        pace_fps: float | None = None,
+        name: str = "",
+    ) -> None:
+        self.source_id = name or source.source_id
+        self.live, self.policy, self.labels, self.notes = source.live, policy, source.labels, source.notes
+        self.n_out = 0
+        self.max_out = 0
+        self._source = source
+        self._metrics = metrics
+        self._pace_s = 0.0 if pace_fps is None else 1.0 / pace_fps
+        self._waiting: deque[CapturedFrame] = deque()
+        self._changed = threading.Condition()
+        self._ended = self._closed = False
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name=f"test-feed-{self.source_id}", daemon=True)
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        self._on_ready = on_ready
+        self._thread.start()
+
+    def take(self) -> CapturedFrame | None:
+        with self._changed:
+            if not self._waiting:
+                return None
+            self._changed.notify_all()
+            self.n_out += 1
+            self.max_out = max(self.max_out, self.n_out)
+            return self._waiting.popleft()
+
+    @property
+    def exhausted(self) -> bool:
+        with self._changed:
+            return self._ended and not self._waiting
+
+    def status(self) -> SourceStatus:
+        state = SourceState.ENDED if self._ended else SourceState.LIVE
+        return SourceStatus(
+            self.source_id, state, 0, None, self._source.fps, None, None, restarts=0, stalls=0, frozen=False
+        )
+
+    def failure(self) -> Exception | None:
+        return self._failure
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+            for _ in self._waiting:
+                self._metrics.frame_dropped("stopped")
+            self._waiting.clear()
+        if self._thread.ident is not None:
+            self._thread.join(2)
+            if not self._thread.is_alive():
+                self._source.close()
+
+    def _release(self) -> None:
+        with self._changed:
+            self.n_out -= 1
+
+    def _run(self) -> None:
+        try:
+            self._read_all()
+        except Exception as error:
+            self._failure = error
+        with self._changed:
+            self._ended = True
+        self._on_ready()
+
+    def _read_all(self) -> None:
+        index, due_s = 0, time.monotonic()
+        while not self._closed:
+            started_s = time.monotonic()
+            delivered = self._source.read()
+            if delivered is None:
+                return
+            self._metrics.frame_read()
+            index += 1
+            reason = defect(delivered.pixels)
+            if reason is not None:
+                self._metrics.frame_dropped(reason)
+                continue
+            capture_s = time.monotonic() - started_s
+            due_s = max(due_s + self._pace_s, time.monotonic() - self._pace_s)
+            time.sleep(max(0.0, due_s - time.monotonic()) if self._pace_s else 0.0)
+            image, pixel_format = as_image(delivered.pixels, self._source.color)
+            frame = Frame(
+                image, pixel_format, self.source_id, index - 1, time.monotonic_ns(), delivered.label
+            )
+            self._put(CapturedFrame(frame, self._release, capture_s))
+
+    def _put(self, captured: CapturedFrame) -> None:
+        with self._changed:
+            if self.policy == "every":
+                self._changed.wait_for(lambda: self._closed or len(self._waiting) < 4)
+            elif self._waiting:
+                self._waiting.clear()
+                self._metrics.frame_dropped("newer frame")
+            if self._closed:
+                self._metrics.frame_dropped("stopped")
+                return
+            self._waiting.append(captured)
+        self._on_ready()
+
+
+def open_thread_feed(
+    source: SourceConfig, uri: SourceUri, classes: ModelClasses, limits: CaptureLimits, metrics: StreamMetrics
+) -> ThreadFeed:
+    """What the capture package does, without its processes."""
+    opened = open_source(uri, classes, source.fps)
+    policy = source.policy or ("newest" if opened.live else "every")
+    paced = not opened.self_paced and (opened.live or policy == "newest" or source.fps is not None)
+    return ThreadFeed(opened, policy, metrics, pace_fps=opened.fps if paced else None, name=source.name or "")
+
+
+def fake_engine(
+    runner: Any,
+    *,
+    labels: tuple[str, ...] = LABELS,
+    prepare: Callable[[Frame, NDArray[Any]], None] | None = None,
+    max_batch: int = 1,
+) -> LoadedEngine:
+    """A loaded engine around a fake runner; its bundle is only a name."""
+
+    def copy(frame: Frame, row: NDArray[Any]) -> None:
+        row[...] = frame.image
+
+    size = runner.inputs[0].shape[1]
+    bundle: Any = type("NamedBundle", (), {"path": Path("fake")})()
+    return LoadedEngine(
+        bundle=bundle,
+        digest="0" * 12,
+        runner=runner,
+        engine="fake",
+        precision="int8",
+        file="model.onnx",
+        classes=ModelClasses(labels, len(labels)),
+        prepare=prepare or copy,
+        row_shape=(size, size, 3),
+        max_batch=max_batch,
+    )
 
 
 class FakeRunner:
@@ -165,3 +328,38 @@ def fake_runner() -> type[FakeRunner]:
 @pytest.fixture(scope="session")
 def list_source() -> type[ListSource]:
     return ListSource
+
+
+@pytest.fixture(scope="session")
+def thread_feed() -> type[ThreadFeed]:
+    return ThreadFeed
+
+
+@pytest.fixture(scope="session")
+def open_feed() -> Callable[..., ThreadFeed]:
+    return open_thread_feed
+
+
+@pytest.fixture(scope="session")
+def engine_around() -> Callable[..., LoadedEngine]:
+    return fake_engine
+
+
+@pytest.fixture(scope="session")
+def feeds_of() -> Callable[..., list[RuntimeFeed]]:
+    """Feeds over sources, each with its metrics."""
+
+    def make(sources: Sequence[Any], policy: str = "every", **options: Any) -> list[RuntimeFeed]:
+        made = []
+        for index, source in enumerate(sources):
+            metrics = StreamMetrics()
+            name = source.source_id if len(sources) == 1 else f"camera-{index}"
+            made.append(RuntimeFeed(ThreadFeed(source, policy, metrics, name=name, **options), metrics))
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def slot_around() -> Callable[..., EngineSlot]:
+    return lambda *arguments, **options: EngineSlot(fake_engine(*arguments, **options))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from apps.streaming.metrics import STAGES, LatencyHistogram, StreamMetrics
+from apps.streaming.metrics import BUCKET_EDGES_S, STAGES, LatencyHistogram, StreamMetrics
 from pipeline.validation_meter import AccuracyMeter
 
 seconds = st.floats(LatencyHistogram.LOW_S, LatencyHistogram.HIGH_S)
@@ -99,3 +99,34 @@ def test_fps_is_over_the_last_two_seconds(monkeypatch: pytest.MonkeyPatch) -> No
     assert metrics.fps() == pytest.approx(20, rel=0.03)
     now += 10
     assert metrics.fps() == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(seconds, max_size=200), st.lists(seconds.filter(lambda s: s < 999), min_size=1, max_size=8))
+def test_cumulative_counts_are_exact_for_an_edge_within_the_error(
+    values: list[float], edges: list[float]
+) -> None:
+    histogram = LatencyHistogram()
+    for value in values:
+        histogram.record(value)
+    edges = sorted(edges)
+    error = (1 + LatencyHistogram.RELATIVE_ERROR) * (1 + 1e-9)
+    counts = histogram.cumulative(edges)
+    assert list(counts) == sorted(counts)
+    for edge, count in zip(edges, counts, strict=True):
+        assert (
+            sum(value <= edge / error for value in values)
+            <= count
+            <= sum(value <= edge * error for value in values)
+        )
+
+
+def test_a_snapshot_has_the_buckets_of_every_stage() -> None:
+    metrics = StreamMetrics()
+    for value in (0.0, 0.003, 0.004, 0.9, 3.0, 5000.0):
+        metrics.record("infer", value)
+    buckets = metrics.snapshot().buckets["infer"]
+    counts = dict(zip(BUCKET_EDGES_S, buckets.cumulative, strict=True))
+    assert [counts[edge] for edge in (0.0005, 0.002, 0.005, 1.0, 2.0, 5.0, 10.0)] == [1, 1, 3, 4, 4, 5, 5]
+    assert (buckets.count, buckets.total_s) == (6, pytest.approx(5003.907))
+    assert set(metrics.snapshot().buckets) == set(STAGES)

@@ -3,19 +3,49 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from apps.streaming.session import run_stream
+from apps.streaming import session
+from apps.streaming.config import RecordConfig, SourceConfig, StreamConfig
+from apps.streaming.session import StreamSession, StreamSummary
 from pipeline.errors import DataError, IntegrityError, UnsupportedError, UsageError
 
 LABELS = ("blue", "green", "red")
 RGB = {"blue": (20, 30, 220), "green": (10, 200, 40), "red": (230, 40, 10)}
+
+
+@pytest.fixture
+def run_stream(open_feed: Callable[..., Any]) -> Callable[..., StreamSummary]:
+    """One source through `run_stream`, captured in a thread."""
+
+    def run(
+        bundle: Path,
+        source: str,
+        *,
+        record: Path | None = None,
+        policy: Any = None,
+        fps: float | None = None,
+        cache_dir: Path | None = None,
+        **options: Any,
+    ) -> StreamSummary:
+        recorded = None if record is None else RecordConfig(record)
+        asked = SourceConfig(source, policy=policy, fps=fps, record=recorded)
+        config = StreamConfig(bundle, (asked,), **{"headless": True, **options})
+        return session.run_stream(config, cache_dir=cache_dir, open_feed=open_feed)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +75,7 @@ def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("engine", ["openvino", "onnxruntime"])
 @pytest.mark.parametrize("precision", ["int8", "fp32", None])
 def test_a_labelled_folder_through_real_engines(
-    bundle: Path, folder: Path, engine: str, precision: str | None
+    bundle: Path, folder: Path, engine: str, precision: str | None, run_stream: Callable[..., StreamSummary]
 ) -> None:
     if engine == "onnxruntime":
         pytest.importorskip("onnxruntime")
@@ -58,7 +88,9 @@ def test_a_labelled_folder_through_real_engines(
     assert json.loads(json.dumps(summary.to_json()))["top1"] == 11 / 12
 
 
-def test_a_video_is_classified_logged_and_recorded(bundle: Path, video: Path, tmp_path: Path) -> None:
+def test_a_video_is_classified_logged_and_recorded(
+    bundle: Path, video: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
+) -> None:
     summary = run_stream(
         bundle,
         str(video),
@@ -79,7 +111,9 @@ def test_a_video_is_classified_logged_and_recorded(bundle: Path, video: Path, tm
     assert all(summary.latency[stage].count == 30 for stage in summary.latency)
 
 
-def test_newest_plays_a_file_at_its_own_rate(bundle: Path, video: Path, tmp_path: Path) -> None:
+def test_newest_plays_a_file_at_its_own_rate(
+    bundle: Path, video: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
+) -> None:
     summary = run_stream(
         bundle, str(video), headless=True, policy="newest", record=tmp_path / "out.mp4", max_seconds=10
     )
@@ -90,7 +124,9 @@ def test_newest_plays_a_file_at_its_own_rate(bundle: Path, video: Path, tmp_path
     assert abs(played.get(cv2.CAP_PROP_FRAME_COUNT) - 30) <= 2  # dropped frames do not speed it up
 
 
-def test_the_live_synthetic_camera_ends_by_its_limits(bundle: Path) -> None:
+def test_the_live_synthetic_camera_ends_by_its_limits(
+    bundle: Path, run_stream: Callable[..., StreamSummary]
+) -> None:
     summary = run_stream(bundle, "synthetic:5", headless=True, max_seconds=0.6, fps=20)
     assert (summary.policy, summary.ended) == ("newest", "time limit")
     assert summary.frames_inferred <= 13  # 12 and the first; fewer on a busy machine
@@ -99,7 +135,7 @@ def test_the_live_synthetic_camera_ends_by_its_limits(bundle: Path) -> None:
 
 
 def test_top1_through_the_stream_is_that_of_validation(
-    make_bundle: Callable[..., Path], tmp_path: Path
+    make_bundle: Callable[..., Path], tmp_path: Path, run_stream: Callable[..., StreamSummary]
 ) -> None:
     """The same bundle, data set and batch, once through the stream and once without it."""
     import engines
@@ -147,7 +183,9 @@ def test_top1_through_the_stream_is_that_of_validation(
     assert 0 < correct < 60
 
 
-def test_unusable_requests(bundle: Path, folder: Path, tmp_path: Path) -> None:
+def test_unusable_requests(
+    bundle: Path, folder: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
+) -> None:
     with pytest.raises(UsageError, match="--max-frames 0"):
         run_stream(bundle, str(folder), max_frames=0)
     with pytest.raises(UsageError, match="--max-seconds -1"):
@@ -159,7 +197,7 @@ def test_unusable_requests(bundle: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_an_altered_bundle_is_refused_before_anything_runs(
-    make_bundle: Callable[..., Path], folder: Path, tmp_path: Path
+    make_bundle: Callable[..., Path], folder: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
 ) -> None:
     path = make_bundle(tmp_path / "altered")
     model = path / "model.int8.onnx"
@@ -172,7 +210,7 @@ def test_an_altered_bundle_is_refused_before_anything_runs(
 
 
 def test_a_class_count_that_is_not_the_labels_is_refused(
-    make_bundle: Callable[..., Path], folder: Path, tmp_path: Path
+    make_bundle: Callable[..., Path], folder: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
 ) -> None:
     path = make_bundle(tmp_path / "four", labels=("blue", "green", "red", "mauve"))
     with pytest.raises(IntegrityError, match="gives 3 scores, its manifest says 4 classes"):
@@ -183,7 +221,11 @@ def test_a_class_count_that_is_not_the_labels_is_refused(
 
 
 def test_a_bundle_without_labels_streams(
-    make_bundle: Callable[..., Path], folder: Path, video: Path, tmp_path: Path
+    make_bundle: Callable[..., Path],
+    folder: Path,
+    video: Path,
+    tmp_path: Path,
+    run_stream: Callable[..., StreamSummary],
 ) -> None:
     path = make_bundle(tmp_path / "nameless", labels=(), num_classes=3)
     assert run_stream(path, str(folder), headless=True).top1 == 11 / 12  # names of the folders
@@ -193,13 +235,17 @@ def test_a_bundle_without_labels_streams(
     assert any("names no classes" in note for note in summary.notes)
 
 
-def test_a_source_without_one_usable_frame_is_an_error(bundle: Path, tmp_path: Path) -> None:
+def test_a_source_without_one_usable_frame_is_an_error(
+    bundle: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
+) -> None:
     (tmp_path / "a.png").write_bytes(b"\x89PNG rubbish")
     with pytest.raises(DataError, match=r"gave no usable frame: 1 read, dropped 1 \(no image\)"):
         run_stream(bundle, str(tmp_path), headless=True)
 
 
-def test_some_unusable_frames_are_reported_and_the_rest_inferred(bundle: Path, tmp_path: Path) -> None:
+def test_some_unusable_frames_are_reported_and_the_rest_inferred(
+    bundle: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
+) -> None:
     Image.new("RGB", (30, 30), (9, 9, 250)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"\x89PNG rubbish")
     Image.new("L", (30, 30), 90).save(tmp_path / "c.png")
@@ -209,7 +255,11 @@ def test_some_unusable_frames_are_reported_and_the_rest_inferred(bundle: Path, t
 
 
 def test_a_recording_that_cannot_be_kept_fails_the_run(
-    bundle: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_stream: Callable[..., StreamSummary],
 ) -> None:
     from apps.streaming.sinks import Recorder
     from pipeline.errors import EdgefoldError
@@ -223,19 +273,182 @@ def test_a_recording_that_cannot_be_kept_fails_the_run(
 
 
 def test_an_error_keeps_what_was_recorded_before_it(
-    bundle: Path, video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path,
+    video: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    run_stream: Callable[..., StreamSummary],
 ) -> None:
-    from apps.streaming import session
+    from apps.streaming.outputs import SourceOutput
     from pipeline.errors import EngineError
 
-    original = session._Output.take
+    original = SourceOutput.take
 
-    def fail_at_12(self, frame, prediction) -> None:
-        if frame.index == 12:
+    def fail_at_12(self, answer) -> None:
+        if answer.frame.index == 12:
             raise EngineError("the engine broke")
-        original(self, frame, prediction)
+        original(self, answer)
 
-    monkeypatch.setattr(session._Output, "take", fail_at_12)
+    monkeypatch.setattr(SourceOutput, "take", fail_at_12)
     with pytest.raises(EngineError, match="broke"):
         run_stream(bundle, str(video), headless=True, record=tmp_path / "out.mp4")
     assert cv2.VideoCapture(str(tmp_path / "out.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 12
+
+
+def sources(*uris: str, **options: Any) -> tuple[SourceConfig, ...]:
+    return tuple(SourceConfig(uri, name=f"camera {index}", **options) for index, uri in enumerate(uris))
+
+
+@pytest.mark.parametrize("streams", [None, 2])
+def test_several_sources_in_batches_are_each_right(
+    make_bundle: Callable[..., Path], bundle: Path, folder: Path, open_feed: Any, streams: int | None
+) -> None:
+    config = StreamConfig(
+        bundle, sources(*[str(folder)] * 3), max_batch=3, batch_wait_ms=50, streams=streams, headless=True
+    )
+    summary = session.run_stream(config, open_feed=open_feed)
+    assert [(one.source, one.frames_inferred, one.top1) for one in summary.sources] == [
+        (f"camera {index}", 12, 11 / 12) for index in range(3)
+    ]
+    assert (summary.frames_inferred, summary.labelled, summary.correct) == (36, 36, 33)
+    assert summary.latency["age"].count == 36
+    assert summary.mean_batch > 1.5
+    assert summary.to_json()["sources"][2]["source"] == "camera 2"
+
+
+def test_two_sources_of_one_name_are_refused(bundle: Path, folder: Path, open_feed: Any) -> None:
+    twice = (SourceConfig(str(folder)), SourceConfig(str(folder)))
+    with pytest.raises(UsageError, match="the same URI already"):
+        session.run_stream(StreamConfig(bundle, twice, headless=True), open_feed=open_feed)
+
+    def nameless(source: SourceConfig, *arguments: Any) -> Any:
+        feed = open_feed(source, *arguments)
+        feed.source_id = "rtsp://***@pole"  # two that differ in what is not shown
+        return feed
+
+    config = StreamConfig(bundle, sources("synthetic:1:2", "synthetic:2:2"), headless=True)
+    with pytest.raises(UsageError, match=r"two sources are called rtsp://\*\*\*@pole"):
+        session.run_stream(config, open_feed=nameless)
+
+
+def test_a_graph_with_a_fixed_batch_takes_no_larger_one(
+    make_bundle: Callable[..., Path], folder: Path, open_feed: Any, tmp_path: Path
+) -> None:
+    fixed = """
+    <ir_version: 10, opset_import: ["" : 18]>
+    fixed (uint8[1, 16, 16, 3] input) => (float[1, 3] logits) {
+        pixels = Cast <to = 1> (input)
+        axes = Constant <value = int64[2] {1, 2}> ()
+        logits = ReduceMean <keepdims = 0> (pixels, axes)
+    }
+    """
+    path = make_bundle(tmp_path / "fixed", fixed)
+    config = StreamConfig(path, sources(str(folder)), max_batch=4, headless=True)
+    with pytest.raises(UsageError, match="takes 1 image a request, --batch 4"):
+        session.run_stream(config, open_feed=open_feed)
+
+
+SWAPPED = """
+<ir_version: 10, opset_import: ["" : 18]>
+inverted (uint8[batch, 16, 16, 3] input) => (float[batch, 3] logits) {
+    pixels = Cast <to = 1> (input)
+    axes = Constant <value = int64[2] {1, 2}> ()
+    means = ReduceMean <keepdims = 0> (pixels, axes)
+    scale = Constant <value = float {-0.05}> ()
+    logits = Mul (means, scale)
+}
+"""
+
+
+class Running:
+    """A session in a thread of its own, until it is told to stop."""
+
+    def __init__(self, config: StreamConfig, open_feed: Any) -> None:
+        self.session = StreamSession(config, open_feed=open_feed)
+        self.summary: StreamSummary | None = None
+        self._thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        self.summary = self.session.run()
+
+    def __enter__(self) -> Running:
+        self._thread.start()
+        return self
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline_s = time.monotonic() + 20
+        while not condition():
+            assert time.monotonic() < deadline_s
+            assert self._thread.is_alive()
+            time.sleep(0.01)
+
+    def n_lines(self, log: Path) -> int:
+        return log.read_text().count("\n") if log.exists() else 0
+
+    def __exit__(self, *_: object) -> None:
+        self.session._runtime.request_stop("test")
+        self._thread.join(10)
+
+
+def test_a_link_to_another_bundle_is_reloaded_and_a_bad_one_is_refused(
+    make_bundle: Callable[..., Path], open_feed: Any, tmp_path: Path
+) -> None:
+    first = make_bundle(tmp_path / "first")
+    second = make_bundle(tmp_path / "second", SWAPPED, ("not blue", "not green", "not red"))
+    bad = tmp_path / "bad"
+    shutil.copytree(first, bad)
+    with (bad / "model.int8.onnx").open("ab") as file:
+        file.write(b"x")
+    link, log = tmp_path / "current", tmp_path / "out.jsonl"
+    link.symlink_to(first)
+    config = StreamConfig(link, sources("synthetic:4:100000", fps=200.0), headless=True, predictions=log)
+    with Running(config, open_feed) as running:
+        running.wait_for(lambda: running.n_lines(log) > 10)
+        before = running.session.view().engine
+        link.unlink()
+        link.symlink_to(bad)
+        with pytest.raises(IntegrityError):
+            running.session.reload()
+        refused = running.session.view().engine
+        assert (refused.reloads, refused.reload_failures) == (0, 1)
+        assert "model.int8.onnx" in (refused.last_reload_error or "")
+        assert refused.bundle_digest == before.bundle_digest
+        link.unlink()
+        link.symlink_to(second)
+        running.session.reload()
+        after = running.session.view()
+        assert (after.engine.reloads, after.engine.last_reload_error) == (1, None)
+        assert after.engine.bundle == str(second)
+        assert after.engine.bundle_digest != before.bundle_digest
+        n_after = running.n_lines(log)
+        running.wait_for(lambda: running.n_lines(log) > n_after + 20)
+        assert running.session.check() == running.session.view().preprocessing
+    summary = running.summary
+    assert summary is not None
+    assert summary.frames_read == summary.frames_inferred + sum(summary.dropped.values())
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(len(lines)))  # none lost over the swap
+    named = [line["top"][0]["label"].startswith("not ") for line in lines]
+    assert named == sorted(named)
+    assert named[0] is False
+    assert named[-1] is True
+
+
+def test_sighup_reloads(bundle: Path, open_feed: Any) -> None:
+    config = StreamConfig(bundle, sources("synthetic:4"), headless=True, max_seconds=20)
+    streaming = StreamSession(config, open_feed=open_feed)
+
+    def hang_up_then_stop() -> None:
+        while not hasattr(streaming, "_runtime") or not streaming._runtime.batches:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+        while not streaming.view().engine.reloads:
+            time.sleep(0.01)
+        streaming._runtime.request_stop("done")
+
+    helper = threading.Thread(target=hang_up_then_stop, daemon=True)
+    helper.start()
+    summary = streaming.run()
+    helper.join(5)
+    assert (summary.ended, summary.reloads) == ("done", 1)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL

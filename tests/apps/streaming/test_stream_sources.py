@@ -3,15 +3,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
-from apps.streaming import sources
+from apps.streaming import opencv, sources
 from apps.streaming.sources import ModelClasses, Source, open_source, parse_source
-from pipeline.errors import DataError, DeviceFaultError, UnsupportedError, UsageError
+from apps.streaming.uri_options import SourceOptions
+from pipeline.errors import DataError, SourceLostError, UnsupportedError, UsageError
 from pipeline.synthetic import CLASS_NAMES, SyntheticCamera
 
 
@@ -52,7 +54,7 @@ def drain(source: Source) -> list[sources.Delivered]:
         ("synthetic:-1", UsageError, "not synthetic:SEED"),
         ("synthetic:1:2:3", UsageError, "not synthetic:SEED"),
         ("synthetic:1:0", UsageError, "asks for no frames"),
-        ("rtsp://user:secret@host/x", UsageError, "unknown source scheme 'rtsp'"),
+        ("rtmp://user:secret@host/x", UsageError, "unknown source scheme 'rtmp'"),
         ("webcam:0", UsageError, "unknown source scheme 'webcam'"),
         ("/no/such/film.mp4", DataError, "no such file or folder"),
         ("", DataError, "not a video|no such file|holds"),
@@ -191,33 +193,106 @@ class FakeCapture:
 
     def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
-        self.replies = [(True, np.zeros((4, 4, 3), np.uint8)), (False, None)]
+        self.asked: dict[int, float] = {}
+        self.grabs = [True, False, True, False, False, False, False]
 
     def isOpened(self) -> bool:
         return self.opens
 
-    def get(self, _: int) -> float:
-        return 0.0
+    def set(self, name: int, value: float) -> bool:
+        self.asked[name] = value
+        return True
 
-    def read(self) -> tuple[bool, object]:
-        return self.replies.pop(0)
+    def get(self, name: int) -> float:
+        return {WIDTH: 640.0, HEIGHT: 480.0, FOURCC: float(MJPG)}.get(name, 0.0)
+
+    def grab(self) -> bool:
+        return self.grabs.pop(0)
+
+    def retrieve(self) -> tuple[bool, object]:
+        return True, np.zeros((4, 4, 3), np.uint8)
 
     def release(self) -> None:
         pass
 
 
-def test_a_camera_is_opened_by_number_with_its_backend_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = SimpleNamespace(VideoCapture=FakeCapture, CAP_V4L2=200, CAP_PROP_FPS=5)
-    monkeypatch.setattr(sources.opencv, "load", lambda purpose: fake)
-    uri = sources.SourceUri("v4l2", "/dev/v4l/by-id/cam", Path("/dev/video3"))
-    source = open_source(uri, classes("ant"))
+WIDTH, HEIGHT, FOURCC, MJPG = 3, 4, 6, int.from_bytes(b"MJPG", "little")
+
+
+@pytest.fixture
+def camera(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A link by id to the fourth camera, in a folder that stands for /dev."""
+    fake = SimpleNamespace(
+        VideoCapture=FakeCapture,
+        VideoWriter_fourcc=lambda *letters: int.from_bytes("".join(letters).encode(), "little"),
+        CAP_V4L2=200,
+        CAP_PROP_FPS=5,
+        CAP_PROP_FRAME_WIDTH=WIDTH,
+        CAP_PROP_FRAME_HEIGHT=HEIGHT,
+        CAP_PROP_FOURCC=FOURCC,
+    )
+    monkeypatch.setattr(opencv, "load", lambda purpose: fake)
+    (tmp_path / "video3").touch()
+    (tmp_path / "by-id").symlink_to(tmp_path / "video3")
+    return tmp_path / "by-id"
+
+
+def v4l2(path: Path, **options: Any) -> sources.SourceUri:
+    return sources.SourceUri("v4l2", str(path), str(path), path=path, options=SourceOptions(**options))
+
+
+def test_a_camera_is_opened_by_number_with_its_backend_named(camera: Path) -> None:
+    source = open_source(v4l2(camera), classes("ant"))
     assert source._capture.arguments == (3, 200)  # type: ignore[attr-defined]
     assert (source.live, source.self_paced, source.fps) == (True, True, 30.0)  # a camera that says 0 FPS
-    assert source.read().pixels is not None  # type: ignore[union-attr]
-    assert source.read().pixels is None  # type: ignore[union-attr]
-    monkeypatch.setattr(FakeCapture, "opens", False)
-    with pytest.raises(DeviceFaultError, match="another program may hold it"):
+
+
+def test_a_renumbered_camera_is_found_again_by_its_id(camera: Path) -> None:
+    uri = v4l2(camera)
+    camera.unlink()
+    with pytest.raises(SourceLostError, match="is not there") as caught:
         open_source(uri, classes("ant"))
+    assert caught.value.retry == "soon"
+    (camera.parent / "video7").touch()
+    camera.symlink_to(camera.parent / "video7")
+    source = open_source(uri, classes("ant"))
+    assert source._capture.arguments == (7, 200)  # type: ignore[attr-defined]
+
+
+def test_a_camera_may_fail_a_few_reads_but_not_all(camera: Path) -> None:
+    source = open_source(v4l2(camera), classes("ant"))
+    reads = [source.read() for _ in range(6)]
+    assert [read.pixels is None for read in reads if read] == [False, True, False, True, True, True]
+    with pytest.raises(SourceLostError, match="4 reads in a row"):
+        source.read()
+
+
+def test_a_camera_that_is_pulled_out_is_lost_at_once(camera: Path) -> None:
+    source = open_source(v4l2(camera), classes("ant"))
+    source.read()
+    (camera.parent / "video3").unlink()
+    with pytest.raises(SourceLostError, match="is gone"):
+        source.read()
+
+
+def test_a_camera_is_asked_for_format_size_and_rate(camera: Path) -> None:
+    source = open_source(v4l2(camera, size_wh=(1280, 720), fps=25.0, format="MJPG"), classes("ant"))
+    assert list(source._capture.asked.items()) == [  # type: ignore[attr-defined]
+        (FOURCC, MJPG),
+        (WIDTH, 1280),
+        (HEIGHT, 720),
+        (5, 25.0),
+    ]
+    assert source.notes == [
+        f"{camera}: asked for size=1280x720, the camera gives 640x480",
+        f"{camera}: asked for fps=25, the camera gives 0",
+    ]
+
+
+def test_a_camera_that_does_not_open(camera: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeCapture, "opens", False)
+    with pytest.raises(SourceLostError, match="another program may hold it"):
+        open_source(v4l2(camera), classes("ant"))
 
 
 def test_without_opencv_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,3 +303,93 @@ def test_without_opencv_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.
         open_source(parse_source(str(film)), classes("ant"))
     assert len(drain(open_source(parse_source(str(folder)), classes("ant")))) == 2
     assert len(drain(open_source(parse_source("synthetic:1:1"), classes(*CLASS_NAMES)))) == 1
+
+
+def numbered_film(path: Path, n_frames: int = 40, fps: float = 10.0) -> Path:
+    """Frame N shows N in binary: six bars of 16 pixels, white for 1, the highest bit at the left."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), fps, (96, 48))
+    for index in range(n_frames):
+        bars = [255 * (index >> bit & 1) for bit in reversed(range(6))]
+        writer.write(np.repeat(np.tile(np.array(bars, np.uint8).repeat(16)[None, :, None], (48, 1, 1)), 3, 2))
+    writer.release()
+    return path
+
+
+def numbers(frames: list[sources.Delivered]) -> list[int]:
+    return [int("".join(str(int(bar > 127)) for bar in frame.pixels[24, 8::16, 0]), 2) for frame in frames]
+
+
+@pytest.mark.parametrize(
+    ("options", "first", "last"),
+    [
+        ("t=1,2", 10, 19),
+        ("t=,0.5", 0, 4),
+        ("t=3.5", 35, 39),
+        ("t=0:02,0:02.3", 20, 22),
+        ("t=0.05,0.25", 1, 2),
+    ],
+)
+def test_a_part_of_a_video_is_cut_to_the_frame(tmp_path: Path, options: str, first: int, last: int) -> None:
+    film = numbered_film(tmp_path / "film.mp4")
+    source = open_source(parse_source(f"{film}#{options}"), classes("ant"))
+    assert numbers(drain(source)) == list(range(first, last + 1))
+    assert source.notes == []
+
+
+def test_a_part_behind_the_end_is_an_error_and_loops_do_not_spin(tmp_path: Path) -> None:
+    film = numbered_film(tmp_path / "film.mp4")
+    source = open_source(parse_source(f"{film}#t=60&loop"), classes("ant"))
+    with pytest.raises(DataError, match="no frames at 60 s: it is shorter"):
+        source.read()
+
+
+def test_a_part_of_a_video_loops(tmp_path: Path) -> None:
+    film = numbered_film(tmp_path / "film.mp4")
+    source = open_source(parse_source(f"{film}#t=1,1.3&loop"), classes("ant"))
+    assert not source.live
+    assert numbers([source.read() for _ in range(8)]) == [10, 11, 12, 10, 11, 12, 10, 11]  # type: ignore[misc]
+    source.close()
+
+
+def test_a_video_is_decoded_into_the_array_given(tmp_path: Path) -> None:
+    source = open_source(parse_source(str(numbered_film(tmp_path / "film.mp4"))), classes("ant"))
+    slot = np.zeros((48, 96, 3), np.uint8)
+    for index in range(3):
+        delivered = source.read(into=slot)
+        assert delivered is not None
+        assert delivered.pixels is slot
+        assert numbers([delivered]) == [index]
+    other = np.zeros((10, 10, 3), np.uint8)
+    delivered = source.read(into=other)
+    assert delivered is not None
+    assert delivered.pixels is not other
+    assert numbers([delivered]) == [3]
+
+
+def test_a_file_whose_name_looks_like_options(tmp_path: Path) -> None:
+    film = numbered_film(tmp_path / "take#loop.mp4", 5)
+    assert len(drain(open_source(parse_source(str(film)), classes("ant")))) == 5
+    assert len(drain(open_source(parse_source(f"{film}#t=0.2"), classes("ant")))) == 3
+
+
+def test_synthetic_frames_are_rendered_once_and_come_again() -> None:
+    source = open_source(parse_source("synthetic:3:4#loop"), classes(*CLASS_NAMES))
+    assert not source.live
+    frames = [source.read() for _ in range(9)]
+    assert frames[8] is frames[4] is frames[0]
+    np.testing.assert_array_equal(frames[6].pixels, SyntheticCamera(3).frame(2)[0])  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="read-only"):
+        frames[0].pixels[0, 0] = 0  # type: ignore[union-attr]
+    with pytest.raises(UsageError, match=r"MiB \(limit 1024\)"):
+        open_source(parse_source("synthetic:3:5000#loop"), classes(*CLASS_NAMES))
+
+
+def test_images_come_again_and_a_folder_without_one_ends(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "data", ("ant", "bee"), per_class=1)
+    source = open_source(parse_source(f"{folder}#loop"), classes("ant", "bee"))
+    assert [source.read().label for _ in range(5)] == [0, 1, 0, 1, 0]  # type: ignore[union-attr]
+    broken = write_images(tmp_path / "broken", ("ant",), per_class=2)
+    for image in (broken / "ant").iterdir():
+        image.write_bytes(b"rubbish")
+    frames = drain(open_source(parse_source(f"{broken}#loop"), classes("ant")))
+    assert [frame.pixels for frame in frames] == [None, None]

@@ -11,11 +11,12 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx_text import onnx_model, weight
-from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB
+from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB, LOGITS_OF_GRIDS_DB
 
-from calibration.correction import CORRECTIONS, parse_corrections
+from calibration.correction import AUTO, CORRECTIONS, CorrectionRecord, parse_corrections
 from calibration.correction import reconstruction as reconstruction_module
-from calibration.correction.correcting import take_images
+from calibration.correction.correcting import Corrector, take_images
+from calibration.correction.records import gains, judging
 from calibration.quantizer import StaticQuantizer, apply_table
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
 from pipeline.errors import IntegrityError, UsageError
@@ -24,7 +25,7 @@ from pipeline.metrics import sqnr_db
 pytest.importorskip("openvino")
 from engines.openvino import fp32_runner
 
-PAYING = ("ranges", "bias", "adaround")
+WALKED = ("ranges", "bias", "adaround")
 HW = 16
 DATASET = "d" * 64
 GRAPH = f"""g (uint8[{{batch}},{HW},{HW},3] image) => (float[{{batch}},5] logits)
@@ -84,8 +85,11 @@ def model(tmp_path):
 
 
 def run(model, out, corrections, placement="cpu", method="minmax"):
+    """The int8 model, its table, and the record of the corrections (of the quantization where there are none)."""
     quantizer = StaticQuantizer(method, placement, runner_factory=fp32_runner, corrections=corrections)
-    return quantizer.quantize(model, batches, DATASET, out, lambda *_: None)
+    quantized, table, record = quantizer.quantize(model, batches, DATASET, out, lambda *_: None)
+    assert quantized.history[-1] == record
+    return quantized, table, quantized.history[-2] if corrections else record
 
 
 def logits(path, step=32):
@@ -106,10 +110,14 @@ def quality_db(model, quantized, step=32):
 
 def test_the_default_corrections_gain_on_images_not_seen(model, tmp_path):
     plain, _, _ = run(model, tmp_path / "plain.onnx", ())
-    corrected, table, record = run(model, tmp_path / "corrected.onnx", PAYING)
+    corrected, table, record = run(model, tmp_path / "corrected.onnx", (AUTO,))
     assert quality_db(model, corrected) > quality_db(model, plain) + ADAPTIVE_GAIN_DB
     assert record.inputs == (model.sha256, DATASET)
-    assert record.checks["corrections"] == list(PAYING)
+    assert record.outputs == corrected.history[-1].inputs[:1]
+    assert record.checks["corrections"] == ["bias", "adaround"]
+    assert [name for name, _ in record.checks["left_out"]] == ["equalize", "ranges"]
+    assert list(record.checks["seconds_of"]) == ["bias+adaround", "judging"]
+    assert record.seconds == pytest.approx(sum(record.checks["seconds_of"].values()), abs=2e-3)
     assert record.checks["n_correction_images"] == 40
     assert record.checks["not_corrected"] == []
     assert {entry[0] for entry in record.checks["corrected_layers"]} == {"c", "d", "t", "logits"}
@@ -149,8 +157,7 @@ def test_none_at_all_is_plain_rounding(model, tmp_path):
     quantized, table, record = run(model, tmp_path / "int8.onnx", ())
     again, _ = apply_table(model, table, "cpu", tmp_path / "again.onnx")
     assert quantized.sha256 == again.sha256
-    assert record.checks["corrections"] == []
-    assert record.checks["corrected_layers"] == []
+    assert quantized.history == (record,)
 
 
 def test_a_correction_that_does_harm_is_undone(model, tmp_path, monkeypatch):
@@ -191,7 +198,7 @@ def test_the_file_holds_the_integers_that_were_chosen(model, tmp_path, monkeypat
 def test_a_fixed_batch_size(tmp_path):
     fixed = make_model(tmp_path / "fixed.onnx", batch=8)
     plain, _, _ = run(fixed, tmp_path / "plain.onnx", ())
-    corrected, _, record = run(fixed, tmp_path / "int8.onnx", ("equalize", *PAYING))
+    corrected, _, record = run(fixed, tmp_path / "int8.onnx", ("equalize", *WALKED))
     assert record.checks["n_correction_images"] == 40
     assert quality_db(fixed, corrected, 8) > quality_db(fixed, plain, 8)
 
@@ -209,24 +216,78 @@ def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
     ort = pytest.importorskip("onnxruntime")
     expected = logits(model.path)
     db = {}
-    for corrections in ((), PAYING):
+    for corrections in ((), WALKED):
         out = tmp_path / f"{len(corrections)}.onnx"
         run(model, out, corrections, placement="tensorrt")
         session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
         got = session.run(None, {"image": images(32, seed=2)})[0]
         db[len(corrections)] = sqnr_db(expected - expected.mean(axis=0), got - expected.mean(axis=0))
-    assert db[len(PAYING)] > db[0]
+    assert db[len(WALKED)] > db[0]
+
+
+def test_what_nobody_asked_for_is_undone_where_the_logits_are_worse(model, tmp_path, monkeypatch):
+    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+
+    def judged(self, *_):
+        self._logits_db = [30.9, 30.4]
+
+    monkeypatch.setattr(Corrector, "_judge_logits", judged)
+    undone, _, record = run(model, tmp_path / "undone.onnx", (AUTO,))
+    assert undone.sha256 == plain.sha256
+    assert record.checks["corrections"] == []
+    assert record.outputs == (model.sha256,)
+    assert {entry[4] for entry in record.checks["corrected_layers"]} == {"undone"}
+    assert dict(record.checks["left_out"])["bias"].startswith("took the logits from 30.9 dB to 30.4 dB")
+    _, _, kept = run(model, tmp_path / "kept.onnx", ("bias",))
+    assert kept.checks["corrections"] == ["bias"], "asked for"
+
+
+@pytest.mark.parametrize("placement", ["cpu", "tensorrt"])
+def test_what_they_come_to_at_the_logits_is_what_the_int8_graphs_show(model, tmp_path, placement):
+    ort = pytest.importorskip("onnxruntime")
+    pixels = np.concatenate(list(batches()))
+    pixels = pixels[judging(len(pixels))][:8]
+    with fp32_runner(model.path, ()) as runner:
+        expected = np.array(runner.infer({"image": pixels})["logits"])
+    shown = []
+    for name, corrections in (("plain", ()), ("corrected", (AUTO,))):
+        out = tmp_path / f"{name}.onnx"
+        _, _, record = run(model, out, corrections, placement)
+        session = ort.InferenceSession(str(out), providers=["CPUExecutionProvider"])
+        shown.append(sqnr_db(expected, session.run(None, {"image": pixels})[0]))
+    assert record.checks["logits_db"] == pytest.approx(shown, abs=LOGITS_OF_GRIDS_DB)
+    assert shown[1] > shown[0]
+
+
+def test_what_each_won_is_the_median_of_its_layers():
+    records = [
+        CorrectionRecord("a", "bias", 10.0, 12.0, True),
+        CorrectionRecord("b", "bias", 20.0, 17.0, False),
+        CorrectionRecord("c", "bias", 30.0, 36.0, True),
+        CorrectionRecord("a", "adaround", 12.0, 15.0, True),
+    ]
+    adaround, bias = sorted(gains(records), key=lambda gain: gain["correction"])
+    assert bias == {
+        "correction": "bias",
+        "n_layers": 3,
+        "n_undone": 1,
+        "median_before_db": 20.0,
+        "median_after_db": 20.0,
+    }
+    assert (adaround["n_layers"], adaround["median_after_db"]) == (1, 15.0)
 
 
 def test_an_unknown_correction_is_refused_with_the_known_ones():
     with pytest.raises(UsageError, match=r"no correction 'smooth'.*equalize, ranges, bias, adaround"):
         StaticQuantizer(runner_factory=fp32_runner, corrections=("bias", "smooth"))
+    with pytest.raises(UsageError, match="no correction 'auto'"):
+        StaticQuantizer(runner_factory=fp32_runner, corrections=("bias", "auto"))
 
 
 @pytest.mark.parametrize(
     ("text", "names"),
     [
-        (None, ()),
+        ("auto", ("auto",)),
         ("none", ()),
         ("bias", ("bias",)),
         ("adaround, equalize", ("equalize", "adaround")),
@@ -236,7 +297,7 @@ def test_names_from_the_command_line(text, names):
     assert parse_corrections(text) == names
 
 
-@pytest.mark.parametrize("text", ["", " , ", "bias,none", "gptq"])
+@pytest.mark.parametrize("text", ["", " , ", "bias,none", "auto,bias", "gptq"])
 def test_what_names_no_correction_is_refused(text):
     with pytest.raises(UsageError, match="equalize, ranges, bias, adaround, or none"):
         parse_corrections(text)

@@ -1,0 +1,178 @@
+"""A source of our own code, read in a thread: it cannot hang in a driver, and needs no process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from apps.streaming.capture.health import SourceHealth
+from apps.streaming.capture.pacing import Pacer, pace_fps
+from apps.streaming.capture.waiting import WaitingFrames
+from apps.streaming.config import CaptureLimits
+from apps.streaming.contracts import CapturedFrame, SourceStatus
+from apps.streaming.frames import as_image, defect
+from apps.streaming.metrics import StreamMetrics
+from apps.streaming.queues import DropPolicy
+from apps.streaming.sources import Delivered, Source
+from pipeline.artifacts import Frame
+from pipeline.errors import EdgefoldError
+
+__all__ = ["ThreadFeed"]
+
+_JOIN_S = 1.9
+_NO_IMAGE_PAUSE_S = 0.01
+
+
+class ThreadFeed:
+    """A `Feed` over a source that is opened and read in one thread.
+
+    What fails ends it: our own code does not fail differently when it is tried again. Identical
+    frames are no fault here, and a read that does not return can only be seen, not ended.
+
+    Args:
+        opener: opens the source, in the thread.
+        source_id: its name in all output.
+        live: whether frames pass whether or not they are taken.
+        policy: what happens to frames that come faster than they are taken.
+        fps: the rate that was asked for.
+        limits: when it is in trouble.
+        metrics: counts what was read and dropped.
+        n_buffers: frames out at the same time, under ``every``: the source waits for one to be released.
+    """
+
+    def __init__(
+        self,
+        opener: Callable[[], Source],
+        source_id: str,
+        live: bool,
+        policy: DropPolicy,
+        fps: float | None,
+        limits: CaptureLimits,
+        metrics: StreamMetrics,
+        n_buffers: int,
+    ) -> None:
+        self.source_id = source_id
+        self.live = live
+        self.policy = policy
+        self.labels: tuple[str, ...] = ()
+        self.notes: list[str] = []
+        self._opener = opener
+        self._fps = fps
+        self._metrics = metrics
+        self._waiting = WaitingFrames(policy, metrics)
+        self._buffers = threading.Semaphore(n_buffers) if policy == "every" else None
+        self._lock = threading.Lock()
+        self._health = SourceHealth(source_id, limits, time.monotonic_ns())
+        self._failure: Exception | None = None
+        self._on_ready: Callable[[], None] = lambda: None
+        self._closing = threading.Event()
+        self._reading = False
+        self._over = False
+        self._thread = threading.Thread(target=self._run, name=f"capture {source_id}"[:40], daemon=True)
+
+    def start(self, on_ready: Callable[[], None]) -> None:
+        """See `Feed.start`."""
+        self._on_ready = on_ready
+        self._thread.start()
+
+    def take(self) -> CapturedFrame | None:
+        """See `Feed.take`."""
+        return self._waiting.take()
+
+    @property
+    def exhausted(self) -> bool:
+        """See `Feed.exhausted`."""
+        return self._over and not len(self._waiting)
+
+    def status(self) -> SourceStatus:
+        """See `Feed.status`."""
+        with self._lock:
+            now_ns = time.monotonic_ns()
+            if not self._reading:
+                self._health.alive(now_ns)
+            elif not self._over:
+                self._health.silent(now_ns)
+            return self._health.status()
+
+    def failure(self) -> Exception | None:
+        """See `Feed.failure`."""
+        return self._failure
+
+    def close(self) -> None:
+        """See `Feed.close`. Called once."""
+        self._closing.set()
+        if self._buffers is not None:
+            self._buffers.release()
+        if self._thread.ident is not None:
+            self._thread.join(_JOIN_S)
+        self._over = True
+        self._waiting.close()
+
+    def _run(self) -> None:
+        try:
+            self._reading = True
+            source = self._opener()
+            try:
+                self._read(source)
+            finally:
+                source.close()
+                self.notes = list(source.notes)
+        except EdgefoldError as error:
+            self._failure = error
+        except Exception as error:
+            self._failure = EdgefoldError(f"reading {self.source_id} failed: {type(error).__name__}: {error}")
+        finally:
+            with self._lock:
+                reason = None if self._failure is None else str(self._failure)
+                self._health.ended(time.monotonic_ns(), reason)
+            self._over = True
+            self._on_ready()
+
+    def _read(self, source: Source) -> None:
+        self.labels = source.labels
+        self.notes = list(source.notes)
+        with self._lock:
+            self._health.opened(time.monotonic_ns(), source.fps)
+        pacer = Pacer(pace_fps(source, self.policy, self._fps), time.monotonic())
+        index = 0
+        while not self._closing.is_set():
+            self._reading = False
+            if self._buffers is not None:
+                self._buffers.acquire()
+                if self._closing.is_set():
+                    return
+            self._reading = True
+            with self._lock:
+                self._health.alive(time.monotonic_ns())
+            started_s = time.monotonic()
+            delivered = source.read()
+            if delivered is None:
+                return
+            self._deliver(source, delivered, index, time.monotonic() - started_s, pacer)
+            index += 1
+
+    def _deliver(
+        self, source: Source, delivered: Delivered, index: int, capture_s: float, pacer: Pacer
+    ) -> None:
+        self._metrics.frame_read()
+        reason = defect(delivered.pixels)
+        if reason is not None:
+            self._metrics.frame_dropped(reason)
+            self._give_back()
+            if source.live:
+                self._closing.wait(_NO_IMAGE_PAUSE_S)  # one that fails at once would spin
+            return
+        self._metrics.record("capture", capture_s)
+        self._closing.wait(pacer.delay_s(time.monotonic()))
+        image, pixel_format = as_image(delivered.pixels, source.color)
+        now_ns = time.monotonic_ns()
+        frame = Frame(image, pixel_format, self.source_id, index, now_ns, delivered.label)
+        with self._lock:
+            self._health.frame(now_ns, (image.shape[1], image.shape[0]), 0)
+        self._waiting.put(CapturedFrame(frame, self._give_back, capture_s))
+        self._on_ready()
+
+    def _give_back(self) -> None:
+        if self._buffers is not None:
+            self._buffers.release()

@@ -1,0 +1,257 @@
+"""From a bundle to an engine that is ready to answer frames: opened, loaded, warmed, checked.
+
+The same at start and at a reload, so that a bundle which is refused at one is refused at the other.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import engines
+from apps.streaming.config import StreamPrecision
+from apps.streaming.sources import ModelClasses
+from pipeline.artifacts import EngineArtifact, EngineOptions, Frame, PreprocessSpec
+from pipeline.bundle import MANIFEST_NAME, Bundle, open_bundle
+from pipeline.contracts import Runner
+from pipeline.errors import EngineError, IntegrityError, UsageError
+from pipeline.preprocess import normalize, to_network_pixels
+
+__all__ = ["EngineRequest", "LoadedEngine", "check_golden", "load_engine", "model_classes"]
+
+_FOLDED_NAME = "model.onnx"
+_CPU_ENGINE = "openvino"
+_DIGEST_DIGITS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """How a bundle is to be run; the same for every bundle that is swapped in.
+
+    Attributes:
+        engine: a name of `engines.BACKENDS`; by default the one the bundle was built for.
+        precision: ``fp32`` runs the folded model instead of the bundle's engine, to compare.
+        max_batch: images a request.
+        streams: requests that run at the same time; by default the engine's choice.
+        cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
+    """
+
+    engine: str | None = None
+    precision: StreamPrecision | None = None
+    max_batch: int = 1
+    streams: int | None = None
+    cache_dir: Path | None = None
+
+
+@dataclass(slots=True)
+class LoadedEngine:
+    """An engine that is ready, and how a frame becomes its input.
+
+    Attributes:
+        classes: what its scores stand for.
+        prepare: writes a frame into a row of the input batch, in the dtype and layout of the engine.
+        row_shape: of one image of the batch.
+        file: the graph or plan of the bundle that it runs.
+        golden: what the golden frames found.
+    """
+
+    bundle: Bundle
+    digest: str
+    runner: Runner
+    engine: str
+    precision: StreamPrecision
+    file: str
+    classes: ModelClasses
+    prepare: Callable[[Frame, NDArray[Any]], None]
+    row_shape: tuple[int, ...]
+    max_batch: int
+    golden: str = "not verified: not checked yet"
+
+    def new_batch(self) -> NDArray[Any]:
+        """Room for `max_batch` images."""
+        return np.empty((self.max_batch, *self.row_shape), self.runner.inputs[0].dtype)
+
+
+def load_engine(bundle: Bundle | Path | str, request: EngineRequest) -> LoadedEngine:
+    """Opens, verifies, loads and warms; the golden frames are checked last.
+
+    A path is resolved once: a link that is set to another bundle meanwhile does not mix the two.
+
+    Raises:
+        UsageError: no bundle there, or it has no such engine, precision or batch.
+        IntegrityError: the bundle is not what its manifest says, or the golden frames came out wrong.
+        UnsupportedError: something this machine lacks.
+        EngineError: the engine does not load or run.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else open_bundle(Path(bundle).resolve())
+    precision = request.precision or opened.manifest.precision
+    engine = request.engine or _engine_for(opened, precision)
+    classes = model_classes(opened)
+    runner, file = _load_runner(opened, engine, precision, request)
+    try:
+        loaded = _around(opened, runner, engine, precision, file, classes, request.max_batch)
+        _warm(loaded)
+        loaded.golden = check_golden(loaded)
+    except BaseException:
+        runner.close()
+        raise
+    return loaded
+
+
+def check_golden(engine: LoadedEngine) -> str:
+    """Hands the bundle's golden frames to the live path; one line for a person.
+
+    Raises:
+        IntegrityError: colour order, range or size is wrong (the message says which), or the engine answers
+            otherwise than it did at the build.
+    """
+    from pipeline.golden import check_live_path
+
+    def prepare(frame: Frame) -> NDArray[Any]:
+        batch = np.empty((1, *engine.row_shape), engine.runner.inputs[0].dtype)
+        engine.prepare(frame, batch[0])
+        return batch
+
+    found: str = check_live_path(engine.bundle, prepare, engine.runner, file=engine.file).summary()
+    return found
+
+
+def model_classes(bundle: Bundle) -> ModelClasses:
+    """The classes of a bundle.
+
+    Raises:
+        IntegrityError: as many labels as classes it has not.
+    """
+    labels, count = bundle.manifest.labels, bundle.manifest.model.num_classes
+    if labels and len(labels) != count:
+        raise IntegrityError(
+            f"the bundle {bundle.path} names {len(labels)} labels for {count} classes; build it again"
+        )
+    return ModelClasses(labels, count)
+
+
+def _around(
+    bundle: Bundle,
+    runner: Runner,
+    engine: str,
+    precision: StreamPrecision,
+    file: str,
+    classes: ModelClasses,
+    max_batch: int,
+) -> LoadedEngine:
+    declared = runner.inputs[0]
+    batch, *row = declared.shape
+    if isinstance(batch, int) and batch != max_batch:
+        raise UsageError(
+            f"the engine of {bundle.path} takes {batch} image{'s' if batch > 1 else ''} a request, --batch "
+            f"{max_batch} was asked for; its batch is fixed"
+        )
+    n_scores = runner.outputs[0].shape[-1]
+    if isinstance(n_scores, int) and n_scores != classes.count:
+        raise IntegrityError(
+            f"the model in {bundle.path} gives {n_scores} scores, its manifest says "
+            f"{classes.count} classes; build the bundle again"
+        )
+    spec, color = bundle.manifest.preprocess, bundle.manifest.input_color
+    height, width = spec.input_hw
+    takes_pixels = declared.dtype == "uint8"
+    channels_first = not takes_pixels and spec.layout == "NCHW"
+    row_shape = (3, height, width) if channels_first else (height, width, 3)
+    if any(isinstance(size, int) and size != wanted for size, wanted in zip(row, row_shape, strict=True)):
+        raise IntegrityError(
+            f"the model in {bundle.path} takes images of {row}, its manifest's preprocessing makes "
+            f"{list(row_shape)}; build the bundle again"
+        )
+    write = _write_pixels if takes_pixels else _write_normalized
+    manifest_bytes = (bundle.path / MANIFEST_NAME).read_bytes()
+    return LoadedEngine(
+        bundle=bundle,
+        digest=hashlib.sha256(manifest_bytes).hexdigest()[:_DIGEST_DIGITS],
+        runner=runner,
+        engine=engine,
+        precision=precision,
+        file=file,
+        classes=classes,
+        prepare=functools.partial(write, spec, color),
+        row_shape=row_shape,
+        max_batch=max_batch,
+    )
+
+
+def _write_pixels(
+    spec: PreprocessSpec, color: Literal["RGB", "BGR"], frame: Frame, row: NDArray[Any]
+) -> None:
+    """The graph normalizes: the pixels go straight to their place in the batch."""
+    to_network_pixels(frame.image, frame.pixel_format, spec, color, out=row)
+
+
+def _write_normalized(
+    spec: PreprocessSpec, color: Literal["RGB", "BGR"], frame: Frame, row: NDArray[Any]
+) -> None:
+    """The graph takes the network's own input (a prologue that could not be folded, an imported plan)."""
+    pixels = to_network_pixels(frame.image, frame.pixel_format, spec, color)
+    row[...] = normalize(pixels[np.newaxis], spec, color)[0]
+
+
+def _warm(engine: LoadedEngine) -> None:
+    """Runs the smallest and the largest batch: kernels are chosen and buffers made now, not at the first
+    frame; a batch that the engine cannot take is found out."""
+    name = engine.runner.inputs[0].name
+    batch = engine.new_batch()
+    batch[...] = 0
+    sizes = (
+        (engine.max_batch,) if isinstance(engine.runner.inputs[0].shape[0], int) else (1, engine.max_batch)
+    )
+    for size in dict.fromkeys(sizes):
+        outputs = engine.runner.submit({name: batch[:size]}).result()
+        scores = outputs[engine.runner.outputs[0].name]
+        if scores.shape[0] != size:
+            raise EngineError(
+                f"the engine of {engine.bundle.path} answers {size} images with scores of shape "
+                f"{list(scores.shape)}: its graph does not keep images apart; stream it with --batch 1"
+            )
+
+
+def _engine_for(bundle: Bundle, precision: StreamPrecision) -> str:
+    """The engine that the bundle was built for; a CPU's for the folded model beside a plan."""
+    built = bundle.manifest.ready_engine()
+    beside_a_plan = bundle.manifest.deployment is not None and precision != bundle.manifest.precision
+    return _CPU_ENGINE if beside_a_plan else built.backend
+
+
+def _load_runner(
+    bundle: Bundle, engine: str, precision: StreamPrecision, request: EngineRequest
+) -> tuple[Runner, str]:
+    """The engine on the bundle's model file, and the file's name."""
+    manifest, built = bundle.manifest, bundle.manifest.ready_engine()
+    names = {"fp32": _FOLDED_NAME, manifest.precision: built.file}
+    if precision not in names:
+        raise UsageError(f"the bundle {bundle.path} has {' and '.join(names)} models, none in {precision}")
+    name = names[precision]
+    is_plan = manifest.deployment is not None and name == built.file
+    if is_plan and engine != built.backend:
+        raise UsageError(
+            f"the engine of bundle {bundle.path} is a plan of {built.backend}, which {engine} cannot run: leave --engine out, "
+            "or give --precision fp32 for the folded model"
+        )
+    backend = engines.get_backend(engine)
+    artifact = EngineArtifact(
+        path=bundle.file(name),
+        sha256=bundle.sha256(name),
+        model_sha256=bundle.sha256(name),
+        backend=engine,
+        # A plan is bound to what built it, and refused elsewhere by both names; an ONNX file is not.
+        fingerprint=built.fingerprint if is_plan else backend.fingerprint(),
+        portable=not is_plan,
+    )
+    # A fixed batch is faster; batches across cameras come in all sizes up to the largest.
+    fixed = 1 if request.max_batch == 1 else None
+    options = EngineOptions(mode="latency", batch=fixed, cache_dir=request.cache_dir, streams=request.streams)
+    return backend.load(artifact, options), name
