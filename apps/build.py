@@ -22,6 +22,7 @@ class _Calibrator(str, Enum):
     percentile = "percentile"
     entropy = "entropy"
     mse = "mse"
+    modelopt = "modelopt"
 
 
 def build_command(
@@ -100,7 +101,21 @@ def build_command(
         ),
     ] = False,
     precision: Annotated[_Precision, typer.Option(help="Of the engine.")] = _Precision.int8,
-    calibrator: Annotated[_Calibrator, typer.Option(help="How ranges are chosen.")] = _Calibrator.percentile,
+    calibrator: Annotated[
+        _Calibrator | None,
+        typer.Option(
+            help="How ranges are chosen; percentile if not given. modelopt: by NVIDIA Model Optimizer, if installed.",
+            show_default=False,
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(
+            help="Use the ranges of this BUNDLE (or its calibration.json) again, without images: only for the same "
+            "model, preprocessing, method and tools.",
+            show_default=False,
+        ),
+    ] = None,
     corrections: Annotated[
         str,
         typer.Option(
@@ -153,7 +168,8 @@ def build_command(
         tensorrt=tensorrt,
         dla=dla,
         precision=precision.value,
-        calibrator=calibrator.value,
+        calibrator=calibrator.value if calibrator else None,
+        calibration=calibration,
         corrections=corrections,
         calib_limit=calib_limit,
         eval_limit=eval_limit,

@@ -9,9 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
+from apps.calibrating import ReusedTable, check_calibration_options, open_modelopt, open_reused
 from apps.console import console
 from apps.golden import add_golden
-from apps.publishing import BuildOutcome, BuildRequest, Made, make_manifest, write_report
+from apps.publishing import BuildOutcome, BuildRequest, Made, calibration_tools, make_manifest, write_report
 from pipeline.artifacts import EngineOptions
 from pipeline.bundle import BundleWriter
 from pipeline.compile import Calibration, Compiled, compile_model
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
-__all__ = ["INPUT_COLOR", "Material", "build", "open_quantizer"]
+__all__ = ["INPUT_COLOR", "Material", "build", "open_passes", "open_quantizer"]
 
 INPUT_COLOR: Literal["BGR"] = "BGR"
 """What OpenCV and V4L2 deliver: the frames of a stream need no reordering."""
@@ -46,6 +47,15 @@ class Material:
     """For files that do not ship."""
     bundle_dir: Path
     """Where the bundle's files are written; published when all is done."""
+    reused: ReusedTable | None = None
+    """The calibration that is used again instead of a new one."""
+
+    @property
+    def calibration_name(self) -> str:
+        """Of the images that the ranges come from."""
+        if self.reused is not None:
+            return self.reused.dataset_name
+        return "" if self.calibration_data is None else self.calibration_data.name
 
 
 def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
@@ -67,7 +77,9 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
             console.print(f"note: {note}", style="yellow", markup=False)
         evaluation = _open_evaluation(request, model)
         model = _with_labels(model, evaluation)
-        material = Material(request, model, _open_calibration(request), evaluation, work_dir, writer.path)
+        calibration_data = _open_calibration(request)
+        reused = open_reused(request, calibration_data)
+        material = Material(request, model, calibration_data, evaluation, work_dir, writer.path, reused)
         if preflight.target.family == "cpu":
             made = _make_for_cpu(material, progress)
         else:
@@ -81,7 +93,7 @@ def build(request: BuildRequest, progress: Progress) -> BuildOutcome:
 
             writer.add_file("calibration.json", table_to_json(made.table))
         add_golden(writer, made, work_dir)
-        manifest = make_manifest(request, model, made, material.calibration_data, evaluation)
+        manifest = make_manifest(request, model, made, material.calibration_name, evaluation)
         write_report(request, writer, manifest, made)
         bundle = writer.commit(manifest)
     return BuildOutcome(bundle, made.validation, model.notes, made.agreement, made.searched)
@@ -93,7 +105,11 @@ def _make_for_cpu(material: Material, progress: Progress) -> Made:
     request = material.request
     backend = get_backend(request.engine or _CPU_ENGINE)
     calibration, data = None, material.calibration_data
-    if data is not None:
+    if material.reused is not None:
+        calibration = material.reused.calibration("cpu")
+    elif data is not None and request.calibrator == "modelopt":
+        calibration = Calibration(open_modelopt("cpu"), open_passes(material.model, data), data.sha256)
+    elif data is not None:
         quantizer, passes = open_quantizer(material, data, placement="cpu")
         calibration = Calibration(quantizer, passes, data.sha256)
     compiled = compile_model(
@@ -158,11 +174,7 @@ def _check(request: BuildRequest) -> Preflight:
             f"--engine {request.engine} is for a CPU; {checked.target.name} runs a TensorRT plan: leave it out"
         )
     parse_corrections(request.corrections)
-    if request.precision == "int8" and request.calib is None:
-        raise UsageError(
-            "int8 needs images to calibrate on: give --calib DATA (about 128 images like those of the camera), "
-            "or --precision fp32"
-        )
+    check_calibration_options(request)
     if request.dla and request.precision != "int8":
         raise UsageError(f"--dla writes an int8 calibration cache; --precision {request.precision} has none")
     if request.max_drop_points is not None and request.eval_data is None:
@@ -252,20 +264,24 @@ def open_quantizer(material: Material, dataset: Dataset, placement: str) -> tupl
     from calibration.correction import parse_corrections
     from calibration.quantizer import StaticQuantizer
     from engines.openvino import fp32_runner
-    from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
 
     quantizer = StaticQuantizer(
-        material.request.calibrator,
+        material.request.method,
         placement,
         runner_factory=fp32_runner,
         cache_dir=cache_dir("calibration"),
         corrections=parse_corrections(material.request.corrections),
+        tools=calibration_tools(),
         work_dir=material.work_dir,
     )
-    passes = batches(
-        dataset, material.model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES
-    )
-    return quantizer, passes
+    return quantizer, open_passes(material.model, dataset)
+
+
+def open_passes(model: ResolvedModel, dataset: Dataset) -> Batches:
+    """Passes over calibration images, as the folded graph takes them."""
+    from pipeline.datasets import MIN_CALIBRATION_IMAGES, batches
+
+    return batches(dataset, model.preprocess, INPUT_COLOR, _CALIBRATION_BATCH, minimum=MIN_CALIBRATION_IMAGES)
 
 
 def _report_skipped(dataset: Dataset) -> None:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from apps.audit_view import print_dla
-from apps.building import INPUT_COLOR, Material, open_quantizer
+from apps.building import INPUT_COLOR, Material, open_passes, open_quantizer
+from apps.calibrating import open_modelopt
 from apps.console import console
 from apps.emulation import EMULATOR, emulated
 from apps.finishing import AUDIT_NAME, stage_of_plans
@@ -33,7 +34,6 @@ from pipeline.onnx_files import load_model
 
 if TYPE_CHECKING:
     from calibration.candidates import Candidate
-    from calibration.quantizer import Corrected
     from pipeline.targets import Preflight
     from pipeline.validation_result import ValidationResult
 
@@ -60,8 +60,7 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         input_color=INPUT_COLOR,
         progress=progress,
     )
-    candidates, corrected = _candidates(material, prepared.folded, progress)
-    table = None if corrected is None else corrected.table
+    candidates, calibrated, table = _candidates(material, prepared.folded, progress)
     records, validation = _judge_all(material, prepared.folded, candidates, progress)
     offers = [
         Offer(record, candidate.model)
@@ -78,8 +77,8 @@ def make_for_device(material: Material, preflight: Preflight, progress: Progress
         candidates=tuple(records),
         notes=preflight.notes,
     )
-    if material.request.dla and corrected is not None:
-        _write_dla_files(material, corrected.original, corrected.table, preflight)
+    if material.request.dla and table is not None:
+        _write_dla_files(material, calibrated, table, preflight)
     made = Made(offers[0].model, table, validation, None, deployment)
     try:
         builder = find_builder(target.sm)
@@ -116,14 +115,25 @@ def _write_dla_files(
 
 def _candidates(
     material: Material, folded: ModelArtifact, progress: Progress
-) -> tuple[Sequence[Candidate], Corrected | None]:
+) -> tuple[Sequence[Candidate], ModelArtifact, CalibrationTable | None]:
+    """The graphs to be timed, and what they were calibrated as: the model and the ranges, before corrections."""
     from calibration.candidates import float_candidate, tensorrt_candidates
+    from calibration.reuse import check_reuse, ranges_alone
 
+    if material.reused is not None:
+        check_reuse(material.reused.table, folded, material.reused.reuse)
+        table = ranges_alone(material.reused.table)
+        return tensorrt_candidates(folded, table, material.bundle_dir), folded, table
     data = material.calibration_data
     precision = material.request.precision
     if data is None:
         assert precision != "int8", "a build without calibration images is refused before"
-        return (float_candidate(folded, material.bundle_dir, precision),), None
+        return (float_candidate(folded, material.bundle_dir, precision),), folded, None
+    if material.request.calibrator == "modelopt":
+        table = open_modelopt("tensorrt").table(
+            folded, open_passes(material.model, data), data.sha256, progress
+        )
+        return tensorrt_candidates(folded, table, material.bundle_dir), folded, table
     quantizer, batches = open_quantizer(material, data, placement="tensorrt")
     made = quantizer.correct(folded, batches, data.sha256, progress)
     candidates = tensorrt_candidates(
@@ -133,7 +143,7 @@ def _candidates(
         statistics=made.statistics,
         corrected=made.model,
     )
-    return candidates, made
+    return candidates, made.original, made.table
 
 
 def _judge_all(

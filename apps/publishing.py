@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as installed_version
@@ -36,16 +37,21 @@ if TYPE_CHECKING:
     from pipeline.validation_result import ValidationResult
 
 __all__ = [
+    "DEFAULT_CALIBRATOR",
     "BuildOutcome",
     "BuildRequest",
     "Made",
     "accuracy_summary",
+    "calibration_tools",
     "make_manifest",
     "print_build",
     "tool_versions",
     "write_report",
 ]
 
+DEFAULT_CALIBRATOR = "percentile"
+_CALIBRATION_TOOLS = ("edgefold", "numpy", "openvino", "pillow")
+"""What decodes, scales, runs and counts. What exported the model shows in its digest."""
 _TOOLS = (
     "torch",
     "timm",
@@ -74,7 +80,10 @@ class BuildRequest:
     meet_budget: bool = False
     target: str = "cpu"
     precision: Literal["int8", "fp16", "fp32"] = "int8"
-    calibrator: Literal["minmax", "percentile", "entropy", "mse"] = "percentile"
+    calibrator: Literal["minmax", "percentile", "entropy", "mse", "modelopt"] | None = None
+    """``None``: `DEFAULT_CALIBRATOR`, or the method of `calibration`."""
+    calibration: Path | None = None
+    """A bundle or a ``calibration.json`` whose ranges are used again."""
     corrections: str = "auto"
     """``auto``: those that pay; names with commas between; ``none``."""
     calib_limit: int = 128
@@ -88,6 +97,11 @@ class BuildRequest:
     tensorrt: str | None = None
     dla: bool = False
     overwrite: bool = True
+
+    @property
+    def method(self) -> str:
+        """How ranges are chosen from images."""
+        return self.calibrator or DEFAULT_CALIBRATOR
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,13 +222,21 @@ def make_manifest(
     request: BuildRequest,
     model: ResolvedModel,
     made: Made,
-    calibration_data: Dataset | None,
+    calibration_name: str,
     evaluation: Dataset | None,
 ) -> Manifest:
-    """All that is known of the build; the files are added when it is committed."""
+    """All that is known of the build; the files are added when it is committed.
+
+    Args:
+        request: as given.
+        model: what was built.
+        made: what the stages made.
+        calibration_name: of the images whose ranges it has, in words.
+        evaluation: what it was judged on.
+    """
     final = made.final
     calibration = None
-    if made.table is not None and calibration_data is not None:
+    if made.table is not None:
         from calibration.table import table_sha256
 
         calibration = CalibrationSummary(
@@ -222,8 +244,8 @@ def make_manifest(
             n_samples=made.table.n_samples,
             table_sha256=table_sha256(made.table),
             statistics_sha256=made.table.statistics_sha256,
-            dataset_sha256=calibration_data.sha256,
-            dataset_name=calibration_data.name,
+            dataset_sha256=made.table.dataset_sha256,
+            dataset_name=calibration_name,
         )
     return Manifest(
         name=model.name,
@@ -277,8 +299,17 @@ def accuracy_summary(
 
 def tool_versions() -> dict[str, str]:
     """Name to version of everything installed that takes part in a build."""
-    versions = {"python": platform.python_version()}
-    for name in _TOOLS:
+    return {"python": platform.python_version(), **_versions(_TOOLS)}
+
+
+def calibration_tools() -> dict[str, str]:
+    """Name to version of what the ranges of a calibration depend on."""
+    return _versions(_CALIBRATION_TOOLS)
+
+
+def _versions(names: Sequence[str]) -> dict[str, str]:
+    versions = {}
+    for name in names:
         try:
             versions[name] = installed_version(name)
         except PackageNotFoundError:

@@ -99,6 +99,13 @@ def validate_command(
             show_default=False,
         ),
     ] = None,
+    attribute: Annotated[
+        bool,
+        typer.Option(
+            "--attribute",
+            help="Also say which layers the int8 loss comes from, and what turned the images that flipped.",
+        ),
+    ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(
@@ -127,6 +134,7 @@ def validate_command(
         against=against.value,
         max_drop_points=max_drop,
         min_agreement_percent=min_agreement,
+        attribute=attribute,
         resume=resume,
         report=report,
         json_output=json_output,

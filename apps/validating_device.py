@@ -22,7 +22,7 @@ from pipeline.errors import UnsupportedError, UsageError
 from pipeline.onnx_files import load_model, opset_of
 from pipeline.targets import TARGETS, Target, find_target
 
-__all__ = ["Judged", "judged_as", "judged_here"]
+__all__ = ["Judged", "folded_model", "judged_as", "judged_here"]
 
 _CPU_ENGINE = "openvino"
 
@@ -101,7 +101,7 @@ def judged_as(bundle: Bundle, target_name: str, engine: str | None, work_dir: Pa
             "the bundle with --precision int8"
         )
     backend = get_backend(engine or _CPU_ENGINE)
-    forms = TensorRTForms(_folded(bundle), table_from_json(bundle.read_bytes("calibration.json")))
+    forms = TensorRTForms(folded_model(bundle), table_from_json(bundle.read_bytes("calibration.json")))
     int8, _ = forms.int8(forms.placement(), work_dir / "model.int8.onnx")
     model = emulated(int8, work_dir)
     note = (
@@ -115,7 +115,11 @@ def _emulation(
     bundle: Bundle, backend: EngineBackend, model: ModelArtifact, precision: str, target: str
 ) -> Subject:
     subject = subject_of_models(
-        _folded(bundle), model, backend, precision=precision, num_classes=bundle.manifest.model.num_classes
+        folded_model(bundle),
+        model,
+        backend,
+        precision=precision,
+        num_classes=bundle.manifest.model.num_classes,
     )
     assert subject.final is not None, "an emulated graph is never the folded one"
     return dataclasses.replace(
@@ -127,7 +131,8 @@ def _emulation(
     )
 
 
-def _folded(bundle: Bundle) -> ModelArtifact:
+def folded_model(bundle: Bundle) -> ModelArtifact:
+    """The fp32 graph that a bundle carries."""
     manifest, path = bundle.manifest, bundle.file(FOLDED_NAME)
     return ModelArtifact(
         path=path,

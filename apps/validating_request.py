@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from apps.attributing import Attributed, attribute_result, check_attributable, print_attribution
 from apps.console import console, print_json, progress_display
 from apps.report import print_agreement, print_validation, render_report
 from apps.validating import (
     Against,
     calibration_note,
     compare_subject,
+    display_labels,
     find_reference,
     open_images,
     open_labelled,
@@ -52,6 +55,7 @@ class ValidateRequest:
     against: Against = "auto"
     max_drop_points: float | None = None
     min_agreement_percent: float | None = None
+    attribute: bool = False
     resume: Path | None = None
     report: Path | None = None
     json_output: bool = False
@@ -63,6 +67,12 @@ class ValidateOutcome:
 
     bundles: tuple[Bundle, ...]
     result: ValidationResult | AgreementResult
+    attributed: Attributed | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result, and with ``--attribute`` the key ``attribution``."""
+        tree = self.result.to_json()
+        return tree if self.attributed is None else {**tree, "attribution": self.attributed.to_json()}
 
 
 def validate(request: ValidateRequest) -> ValidateOutcome:
@@ -78,6 +88,10 @@ def validate(request: ValidateRequest) -> ValidateOutcome:
             "a time"
         )
     bundles = tuple(open_bundle(path) for path in request.bundles)
+    if request.attribute:
+        check_attributable(
+            bundles[0], crops=request.crops, ensemble=request.ensemble, as_target=request.as_target
+        )
     resume = None if request.resume is None else ResumeFile(request.resume)
     if request.ensemble:
         if request.as_target is not None:
@@ -91,7 +105,7 @@ def validate(request: ValidateRequest) -> ValidateOutcome:
             judged = judged_here(bundles[0], request.engine, Path(folder))
         else:
             judged = judged_as(bundles[0], request.as_target, request.engine, Path(folder))
-        return ValidateOutcome(bundles, _single(request, bundles[0], judged, resume))
+        return _single(request, bundles[0], judged, resume)
 
 
 def present(outcome: ValidateOutcome, request: ValidateRequest) -> None:
@@ -108,14 +122,17 @@ def present(outcome: ValidateOutcome, request: ValidateRequest) -> None:
             max_drop_points=request.max_drop_points,
             min_agreement_percent=request.min_agreement_percent,
             calibration=_calibration_table(only) if only else None,
+            attributed=outcome.attributed,
         )
     if request.json_output:
-        print_json(json.dumps(result.to_json(), indent=2, allow_nan=False))
+        print_json(json.dumps(outcome.to_json(), indent=2, allow_nan=False))
     else:
         if isinstance(result, ValidationResult):
             print_validation(result, console, max_drop_points=request.max_drop_points)
         else:
             print_agreement(result, console, min_agreement_percent=request.min_agreement_percent)
+        if outcome.attributed is not None:
+            print_attribution(outcome.attributed, console)
         if request.report is not None:
             console.print(f"report: {request.report}", markup=False, soft_wrap=True)
     if request.resume is not None:
@@ -138,7 +155,7 @@ def check_gates(outcome: ValidateOutcome, request: ValidateRequest) -> None:
 
 def _single(
     request: ValidateRequest, bundle: Bundle, judged: Judged, resume: ResumeFile | None
-) -> ValidationResult | AgreementResult:
+) -> ValidateOutcome:
     subject = judged.subject
     if request.labels is not None:
         subject = dataclasses.replace(subject, labels=read_labels(request.labels))
@@ -153,7 +170,7 @@ def _single(
     judge = validate_subject if dataset.class_names is not None else compare_subject
     note = calibration_note(bundle.manifest, dataset)
     with progress_display() as progress:
-        return judge(
+        result = judge(
             subject,
             dataset,
             judged.backend,
@@ -164,6 +181,11 @@ def _single(
             crops=crops,
             resume=resume,
         )
+        attributed = None
+        if request.attribute:
+            labels = display_labels(subject, dataset)
+            attributed = attribute_result(bundle, subject, judged.backend, dataset, result, labels, progress)
+    return ValidateOutcome((bundle,), result, attributed)
 
 
 def _ensemble(

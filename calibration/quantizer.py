@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,7 @@ class StaticQuantizer:
         runner_factory: RunnerFactory,
         cache_dir: Path | None = None,
         corrections: Collection[str] = (),
+        tools: Mapping[str, str] | None = None,
         work_dir: Path | None = None,
     ) -> None:
         """Choose how ranges are found and where Q/DQ stand.
@@ -73,6 +74,7 @@ class StaticQuantizer:
             cache_dir: where statistics are kept; ``None``: they are not.
             corrections: of `calibration.correction.CORRECTIONS`, or `calibration.correction.AUTO` alone; none:
                 weights are rounded to nearest.
+            tools: name to version of what the ranges come from; kept in the table, and part of the cache's key.
             work_dir: where the corrected model stays, so that `correct` makes it once; ``None``: it is dropped.
 
         Raises:
@@ -87,6 +89,7 @@ class StaticQuantizer:
         self.runner_factory = runner_factory
         self._cache_dir = cache_dir
         self._corrections = checked_corrections(corrections)
+        self._tools = dict(tools or {})
         self._work_dir = work_dir
         self._kept: dict[tuple[str, str], Corrected] = {}
 
@@ -157,13 +160,14 @@ class StaticQuantizer:
         began = time.perf_counter()
         statistics, from_cache = self.statistics(equalized, batches, dataset_sha256, progress)
         collected = time.perf_counter()
-        table = derive_table(statistics, self._method)
+        table = derive_table(statistics, self._method, self._tools)
         checks = {
             "statistics_from_cache": from_cache,
             "statistics_seconds": collected - began,
             "ranges_seconds": time.perf_counter() - collected,
         }
         corrected, table = corrector.reconstruct(equalized, table)
+        table = dataclasses.replace(table, corrections=corrector.corrections)
         if self._corrections:
             record = StageRecord(
                 stage="correct",
@@ -214,7 +218,7 @@ class StaticQuantizer:
         if self._cache_dir is None:
             return gather(), False
         return StatisticsCache(self._cache_dir).get_or_collect(
-            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), observed, gather
+            model.sha256, dataset_sha256, preprocess_sha256(model.preprocess), observed, gather, self._tools
         )
 
 

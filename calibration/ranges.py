@@ -17,7 +17,16 @@ from calibration.observers import Distribution
 from calibration.qparams import asymmetric_uint8, representable_range
 from pipeline.artifacts import QuantParams, TensorRange
 
-__all__ = ["METHODS", "entropy", "error_on_grid", "minmax", "mse", "percentile", "quantization_error"]
+__all__ = [
+    "METHODS",
+    "METHOD_OPTIONS",
+    "entropy",
+    "error_on_grid",
+    "minmax",
+    "mse",
+    "percentile",
+    "quantization_error",
+]
 
 PERCENTILE = 99.99
 """ONNX Runtime and NNCF take 99.99 to 99.999; a 299×299 photograph has some 10^6 values a layer."""
@@ -102,6 +111,16 @@ def mse(seen: Distribution) -> TensorRange:
 METHODS: Mapping[str, Callable[[Distribution], TensorRange]] = MappingProxyType(
     {"minmax": minmax, "percentile": percentile, "entropy": entropy, "mse": mse}
 )
+
+METHOD_OPTIONS: Mapping[str, Mapping[str, float]] = MappingProxyType(
+    {
+        "minmax": {},
+        "percentile": {"percent": PERCENTILE},
+        "entropy": {"linear_bins": _N_LINEAR_BINS, "levels": _N_LEVELS, "stride": _KL_STRIDE},
+        "mse": {"coarse_steps": len(_MSE_COARSE), "fine_steps": len(_MSE_FINE)},
+    }
+)
+"""What a method's ranges depend on besides the images: a table made with other values is another table."""
 
 
 def quantization_error(seen: Distribution, tensor_range: TensorRange) -> float:

@@ -32,36 +32,29 @@ from __future__ import annotations
 import itertools
 import math
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.collect import fix_batch
-from calibration.placement import PLACEMENTS, Placement, WeightPoint
+from calibration.placement import PLACEMENTS
 from calibration.placement.layers import name_of
-from calibration.qdq import activation_params, weight_params
-from calibration.qparams import dequantize, quantize
 from calibration.stragglers import layer_noise
+from calibration.switches import ROWS_A_RUN, hadamard, layers_of_placement, switched_graph, versions_of
 from calibration.table import check_table
-from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorRange, TensorStatistics
-from pipeline.contracts import Batches, Progress, Runner, RunnerFactory
+from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorStatistics
+from pipeline.contracts import Batches, Progress, RunnerFactory
 from pipeline.errors import CalibrationError
 from pipeline.onnx_files import load_model, save_model
 
-__all__ = ["N_IMAGES", "N_PATTERNS", "LayerSensitivity", "measure_sensitivity", "switched_graph"]
+__all__ = ["N_IMAGES", "N_PATTERNS", "LayerSensitivity", "PatternFit", "Patterns", "measure_sensitivity"]
 
 N_IMAGES = 16
 """Images of a pass: 16 x 31 sums for the energies of a few hundred layers."""
 N_PATTERNS = 32
 """Versions of each image. A power of two."""
-_ROWS_A_RUN = 9
-"""The image itself and eight versions go through the engine together: more gain little and take memory."""
-_SWITCHES = "edgefold_switches"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,20 +135,20 @@ def measure_sensitivity(
         raise CalibrationError(f"{model.path} has no quantized layer whose sensitivity could be measured")
     op_types = {name_of(node.outputs[0]): node.op_type for node in graph.graph}
     fixed = model.inputs[0].shape[0]
-    rows = fixed if isinstance(fixed, int) else _ROWS_A_RUN
+    rows = fixed if isinstance(fixed, int) else ROWS_A_RUN
     source = None if corrected is None or corrected.sha256 == model.sha256 else load_model(corrected.path)
-    switched_graph(graph, placed, table.ranges, rows, source)
+    switched_graph(graph, layers_of_placement(graph, placed, table.ranges, source), rows)
     del source
     with tempfile.TemporaryDirectory(prefix="edgefold-sensitivity-") as folder:
         path = Path(folder) / "switched.onnx"
         save_model(graph, path)
         del graph
-        fit = _Fit(len(noise))
+        fit = PatternFit(len(noise))
         images = itertools.islice((image for batch in batches() for image in batch), n_images)
         with runner_factory(path, ()) as runner:
             for index, image in enumerate(images):
-                patterns = _Patterns(len(noise), seed=index)
-                fit.add(patterns, _versions(runner, model, image, rows, patterns.switches))
+                patterns = Patterns(len(noise), seed=index)
+                fit.add(patterns, versions_of(runner, model, image, rows, patterns.switches)[0])
                 progress("sensitivity", index + 1, n_images)
     energies = fit.energies()
     found = [
@@ -165,190 +158,19 @@ def measure_sensitivity(
     return tuple(sorted(found, key=lambda entry: (-entry.logits_nsr, -entry.nsr)))
 
 
-def _versions(
-    runner: Runner,
-    model: ModelArtifact,
-    image: NDArray[np.uint8],
-    rows: int,
-    switches: NDArray[np.float32],
-) -> NDArray[np.float64]:
-    """The logits of every version of an image: ``[N_PATTERNS, C]``."""
-    pixels = np.ascontiguousarray(np.broadcast_to(image, (rows, *image.shape)))
-    n_clean = 1 if rows > 1 else 0
-    step = rows - n_clean
-    found = []
-    for start in range(0, len(switches), step):
-        some = switches[start : start + step]
-        table = np.zeros((rows, switches.shape[1]), np.float32)
-        table[n_clean : n_clean + len(some)] = some
-        outputs = runner.infer({model.inputs[0].name: pixels, _SWITCHES: table})
-        logits = np.array(outputs[model.outputs[0].name], np.float64).reshape(rows, -1)
-        found.append(logits[n_clean : n_clean + len(some)])
-    return np.concatenate(found)
-
-
-def switched_graph(
-    model: ir.Model,
-    placement: Placement,
-    ranges: Mapping[str, TensorRange],
-    rows: int,
-    corrected: ir.Model | None = None,
-) -> None:
-    """Give every layer of `placement` a switch for its noise, in place.
-
-    Given::
-
-        y = Conv(x, W, b)
-
-    Result, with ``s`` a column of the new input, float32 ``[rows, layers]``::
-
-        d = Conv(DQ(Q(x[0:1])), W_int8 as float, b_int8) - y[0:1]
-        y = Conv(x, W, b) + s d
-
-    The noise is that of the first row, so that it is the same in every version: give that row no
-    noise. A graph for one row only has no other; there each version has the noise of its own input.
-
-    Args:
-        model: the fp32 model that `placement` was made for.
-        placement: whose grids are used.
-        ranges: of every tensor in ``placement.observed``.
-        rows: the batch size the graph is made for.
-        corrected: the same graph with the constants that quantized layers have; ``None``: they have `model`'s.
-    """
-    fix_batch(model, rows)
-    constants = (corrected or model).graph.initializers
-    _Switches(model.graph, placement, ranges, rows, constants).run()
-
-
-class _Switches:
-    def __init__(
-        self,
-        graph: ir.Graph,
-        placement: Placement,
-        ranges: Mapping[str, TensorRange],
-        rows: int,
-        constants: Mapping[str, ir.Value],
-    ) -> None:
-        self._graph, self._placement, self._rows, self._constants = graph, placement, rows, constants
-        self._values = {name_of(v): v for v in (*graph.inputs, *(v for node in graph for v in node.outputs))}
-        self._grids = {
-            point.tensor: activation_params(point, placement, ranges)
-            for point in placement.activations
-            if point.scale is None
-        }
-        self._rounded: dict[str, ir.Value] = {}
-        self._input = ir.Value(
-            name=_SWITCHES,
-            type=ir.TensorType(ir.DataType.FLOAT),
-            shape=ir.Shape([rows, len(placement.weights)]),
-        )
-        graph.inputs.append(self._input)
-
-    def run(self) -> None:
-        for column, point in enumerate(self._placement.weights):
-            self._switch(point, column)
-
-    def _switch(self, point: WeightPoint, column: int) -> None:
-        exact = self._values[point.consumer.node]
-        node = exact.producer()
-        assert node is not None, "a weight point's consumer is a node"
-        array = self._stored(point.weight)
-        params = weight_params(array, point, self._placement)
-        in_int8 = self._constant(
-            f"edgefold_weight_{column}", dequantize(quantize(array, params), params).astype(np.float32)
-        )
-        data = self._rounded_input(point.input)
-        readers, is_output = list(exact.uses()), exact.is_graph_output()
-        clean = self._first_row(exact)
-        biases = [
-            bias
-            if bias is None or bias.const_value is None
-            else self._constant(f"edgefold_bias_{column}", self._stored(bias.name or ""))
-            for bias in node.inputs[2:]
-        ]
-        quantized = ir.Node("", node.op_type, [data, in_int8, *biases], node.attributes.values())
-        rank = len(exact.shape or ())
-        index = self._constant(f"edgefold_column_{column}", np.array([column], np.int64))
-        shape = self._constant(f"edgefold_switch_shape_{rank}", np.array([-1] + [1] * (rank - 1), np.int64))
-        gathered = ir.node("Gather", [self._input, index], {"axis": 1})
-        switch = ir.node("Reshape", [gathered.outputs[0], shape])
-        noise = ir.node("Sub", [quantized.outputs[0], clean])
-        switched = ir.node("Mul", [noise.outputs[0], switch.outputs[0]])
-        total = ir.node("Add", [exact, switched.outputs[0]])
-        self._insert_behind(clean, [quantized, gathered, switch, noise, switched, total])
-        for reader, position in readers:
-            reader.replace_input_with(position, total.outputs[0])
-        self._values[point.consumer.node] = total.outputs[0]
-        if is_output:
-            self._take_over_output(exact, total.outputs[0])
-
-    def _stored(self, name: str) -> NDArray[np.float32]:
-        """A constant as the layer in int8 has it."""
-        constant = self._constants[name].const_value
-        assert constant is not None, "the weight and bias of a quantized layer are constants"
-        array: NDArray[np.float32] = constant.numpy()
-        return array
-
-    def _take_over_output(self, exact: ir.Value, total: ir.Value) -> None:
-        name = exact.name
-        exact.name = f"{name}_exact"
-        total.name, total.type, total.shape = name, exact.type, exact.shape
-        outputs = [total if value is exact else value for value in self._graph.outputs]
-        self._graph.outputs.clear()
-        self._graph.outputs.extend(outputs)
-
-    def _rounded_input(self, name: str) -> ir.Value:
-        """The first row of a layer's input on its grid; pixels as they are."""
-        if name not in self._rounded:
-            value = self._first_row(self._values[name])
-            if name in self._grids:
-                grid, stem = self._grids[name], f"edgefold_grid_{len(self._rounded)}"
-                scale = self._constant(f"{stem}_scale", grid.scale)
-                zero_point = self._constant(f"{stem}_zero_point", grid.zero_point)
-                steps = ir.node("QuantizeLinear", [value, scale, zero_point])
-                restored = ir.node("DequantizeLinear", [steps.outputs[0], scale, zero_point])
-                self._insert_behind(value, [steps, restored])
-                value = restored.outputs[0]
-            self._rounded[name] = value
-        return self._rounded[name]
-
-    def _first_row(self, value: ir.Value) -> ir.Value:
-        if self._rows == 1:
-            return value
-        bounds = [self._constant(f"edgefold_{i}", np.array([i], np.int64)) for i in (0, 1)]
-        sliced = ir.node("Slice", [value, bounds[0], bounds[1], bounds[0]])
-        self._insert_behind(value, [sliced])
-        return sliced.outputs[0]
-
-    def _insert_behind(self, value: ir.Value, nodes: list[ir.Node]) -> None:
-        producer = value.producer()
-        if producer is None:
-            self._graph.insert_before(self._graph[0], nodes)
-        else:
-            self._graph.insert_after(producer, nodes)
-
-    def _constant(self, name: str, array: NDArray[Any]) -> ir.Value:
-        if name not in self._graph.initializers:
-            tensor = ir.tensor(array, name=name)
-            self._graph.initializers[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(array.shape), const_value=tensor
-            )
-        return self._graph.initializers[name]
-
-
-class _Patterns:
+class Patterns:
     """Which layer is switched by which pattern in the versions of one image."""
 
     def __init__(self, n_layers: int, seed: int) -> None:
         rng = np.random.default_rng(seed)
-        columns = _hadamard(N_PATTERNS)[:, 1:]
+        columns = hadamard(N_PATTERNS)[:, 1:]
         self.columns = columns
         self.of_layer = rng.permutation(np.arange(n_layers) % columns.shape[1])
         signs = rng.choice(np.array([-1.0, 1.0]), n_layers)
         self.switches = (columns[:, self.of_layer] * signs).astype(np.float32)
 
 
-class _Fit:
+class PatternFit:
     """Sums over the images: the normal equations of the layers' energies, and the energy of the logits."""
 
     def __init__(self, n_layers: int) -> None:
@@ -357,7 +179,7 @@ class _Fit:
         self._signal = 0.0
         self._n_images = 0
 
-    def add(self, patterns: _Patterns, logits: NDArray[np.float64]) -> None:
+    def add(self, patterns: Patterns, logits: NDArray[np.float64]) -> None:
         """Take in one image: float64 ``[N_PATTERNS, C]``."""
         parts = patterns.columns.T @ logits / N_PATTERNS
         energies = np.einsum("pc,pc->p", parts, parts)
@@ -380,11 +202,3 @@ class _Fit:
         # Both sums run over the same images: their quotient is a ratio of energies.
         ratio: NDArray[np.float64] = np.maximum(solution * self._n_images / self._signal, 0.0)
         return ratio
-
-
-def _hadamard(order: int) -> NDArray[np.float64]:
-    """Sylvester's: rows and columns of +1 and -1, orthogonal; the first column is constant."""
-    matrix = np.ones((1, 1))
-    while len(matrix) < order:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
+from calibration.collect import SAMPLES_PER_IMAGE
 from calibration.observers import N_BINS, distribution
-from calibration.ranges import METHODS
+from calibration.ranges import METHOD_OPTIONS, METHODS
 from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorStatistics
 from pipeline.errors import CalibrationError, IntegrityError
 
@@ -21,19 +24,39 @@ __all__ = [
     "StatisticsCache",
     "check_table",
     "derive_table",
+    "method_options",
     "statistics_sha256",
     "table_from_json",
     "table_sha256",
     "table_to_json",
 ]
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the cache file. Part of the key: older files are simply not found."""
 _LOCK_TIMEOUT_S = 3600.0
 
 
-def derive_table(statistics: TensorStatistics, method: str) -> CalibrationTable:
+_NO_TOOLS: Mapping[str, str] = MappingProxyType({})
+
+
+def method_options(method: str) -> dict[str, float]:
+    """Every constant that ranges by `method` depend on, those of the statistics included."""
+    return {
+        **METHOD_OPTIONS[method],
+        "histogram_bins": N_BINS,
+        "samples_per_image": SAMPLES_PER_IMAGE,
+    }
+
+
+def derive_table(
+    statistics: TensorStatistics, method: str, tools: Mapping[str, str] = _NO_TOOLS
+) -> CalibrationTable:
     """The range of every observed tensor by `method`; needs no further pass over the images.
+
+    Args:
+        statistics: of one pass.
+        method: a key of `calibration.ranges.METHODS`.
+        tools: name to version of what made the statistics.
 
     Raises:
         CalibrationError: a tensor has no usable statistics.
@@ -53,6 +76,8 @@ def derive_table(statistics: TensorStatistics, method: str) -> CalibrationTable:
         model_sha256=statistics.model_sha256,
         dataset_sha256=statistics.dataset_sha256,
         preprocess_sha256=statistics.preprocess_sha256,
+        method_options=method_options(method),
+        tools=dict(tools),
     )
 
 
@@ -110,7 +135,7 @@ def statistics_sha256(statistics: TensorStatistics) -> str:
 
 
 class StatisticsCache:
-    """Statistics kept by the content of model, data and preprocessing, and the tensors observed.
+    """Statistics kept by the content of model, data and preprocessing, the tools, and the tensors observed.
 
     A file that is damaged in any way, or that holds other digests than its name promises, counts as
     absent. Processes that want the same statistics wait for the first to gather them.
@@ -126,6 +151,7 @@ class StatisticsCache:
         preprocess_sha256: str,
         tensors: Sequence[str],
         collect: Callable[[], TensorStatistics],
+        tools: Mapping[str, str] = _NO_TOOLS,
     ) -> tuple[TensorStatistics, bool]:
         """The cached statistics, or those `collect` gathers, which are then kept.
 
@@ -137,7 +163,7 @@ class StatisticsCache:
         """
         from filelock import FileLock, Timeout
 
-        digests = (model_sha256, dataset_sha256, preprocess_sha256)
+        digests = (model_sha256, dataset_sha256, preprocess_sha256, json.dumps(dict(tools), sort_keys=True))
         path = self._path(digests, tensors)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +173,7 @@ class StatisticsCache:
                 if cached is not None:
                     return cached, True
                 statistics = collect()
-                _store(path, statistics)
+                _store(path, statistics, digests)
                 return statistics, False
         except Timeout as error:
             raise CalibrationError(
@@ -159,12 +185,12 @@ class StatisticsCache:
                 "choose another folder or calibrate without a cache"
             ) from error
 
-    def _path(self, digests: tuple[str, str, str], tensors: Sequence[str]) -> Path:
+    def _path(self, digests: tuple[str, ...], tensors: Sequence[str]) -> Path:
         key = hashlib.sha256("\0".join((str(_FORMAT), *digests, *tensors)).encode()).hexdigest()
         return self._folder / f"statistics-{key[:32]}.npz"
 
 
-def _store(path: Path, statistics: TensorStatistics) -> None:
+def _store(path: Path, statistics: TensorStatistics, digests: tuple[str, ...]) -> None:
     names = list(statistics.histogram)
     # Histograms are mostly empty: position and count of what is not take a hundredth of the room.
     occupied = [np.flatnonzero(statistics.histogram[name]) for name in names]
@@ -172,9 +198,7 @@ def _store(path: Path, statistics: TensorStatistics) -> None:
         try:
             np.savez(
                 file,
-                digests=np.array(
-                    [statistics.model_sha256, statistics.dataset_sha256, statistics.preprocess_sha256]
-                ),
+                digests=np.array(digests),
                 sha256=np.array(statistics_sha256(statistics)),
                 n_samples=np.array(statistics.n_samples),
                 names=np.array(names),
@@ -193,7 +217,7 @@ def _store(path: Path, statistics: TensorStatistics) -> None:
             raise
 
 
-def _load(path: Path, digests: tuple[str, str, str], tensors: Sequence[str]) -> TensorStatistics | None:
+def _load(path: Path, digests: tuple[str, ...], tensors: Sequence[str]) -> TensorStatistics | None:
     """What `_store` wrote, or ``None`` if it is not exactly that."""
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -205,7 +229,8 @@ def _load(path: Path, digests: tuple[str, str, str], tensors: Sequence[str]) -> 
                 histogram = np.zeros(N_BINS, np.int64)
                 histogram[bins[start:end]] = counts[start:end]
                 histograms[name] = histogram
-            model_sha256, dataset_sha256, preprocess_sha256 = (str(d) for d in file["digests"])
+            found = tuple(str(d) for d in file["digests"])
+            model_sha256, dataset_sha256, preprocess_sha256, _ = found
             statistics = TensorStatistics(
                 min=dict(zip(names, map(float, file["min"]), strict=True)),
                 max=dict(zip(names, map(float, file["max"]), strict=True)),
@@ -218,6 +243,6 @@ def _load(path: Path, digests: tuple[str, str, str], tensors: Sequence[str]) -> 
             promised = str(file["sha256"])
     except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile, zlib.error):
         return None
-    if (model_sha256, dataset_sha256, preprocess_sha256) != digests or names != list(tensors):
+    if found != digests or names != list(tensors):
         return None
     return statistics if statistics_sha256(statistics) == promised else None

@@ -160,7 +160,11 @@ class TensorStatistics:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationTable:
-    """The range of every activation by one method. Symmetric and asymmetric forms derive from it."""
+    """The range of every activation by one method, and all that they depend on: the calibration manifest.
+
+    Symmetric and asymmetric forms derive from the ranges. Used again, what they depend on must be the same:
+    `calibration.reuse` names what is not.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
@@ -171,6 +175,12 @@ class CalibrationTable:
     model_sha256: str
     dataset_sha256: str
     preprocess_sha256: str
+    method_options: dict[str, float] = field(default_factory=dict)
+    """Every constant of the method, and of the statistics that it was given."""
+    corrections: tuple[str, ...] = ()
+    """What was asked for beside the ranges, sorted: `calibration.correction.CORRECTIONS`."""
+    tools: dict[str, str] = field(default_factory=dict)
+    """Name to version of what took part: of what decoded, ran and counted."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,6 +99,10 @@ WRONG_EARLY_STOPS = 0.01
 """Share of `SIMULATED_MEASUREMENTS` judgements at the limit itself that are stopped wrongly, on a side. At most 0.05 are
 spent, and 0 to 0.002 measured, since the images seen are part of all; looks that each spent 0.1 would exceed this."""
 
+ATTRIBUTED_MARGIN_RTOL = 0.25
+"""Between how far int8 moved the margins of flipped images and the sum of the layers' first-order parts: what is left
+is of second order in noises of a tenth of the signal and more."""
+
 FAIR_SHARE_RTOL = 0.1
 """How far a source's share of the engine may be from an equal one: the camera app's promise."""
 

@@ -15,6 +15,8 @@ from apps.report import wording
 from apps.report.plots import (
     accuracy_plot,
     accuracy_plot_text,
+    attribution_plot,
+    attribution_plot_text,
     class_plot,
     class_plot_text,
     confusion_plot,
@@ -33,6 +35,7 @@ from pipeline.validation_agreement import AgreementResult
 from pipeline.validation_result import ClassChange, Flip, ValidationResult
 
 if TYPE_CHECKING:
+    from apps.attributing import Attributed
     from engines.tensorrt.audit import AuditReport
     from pipeline.manifest import Manifest
 
@@ -69,6 +72,7 @@ def render_report(
     manifest: Manifest | None = None,
     calibration: CalibrationTable | None = None,
     audit: AuditReport | None = None,
+    attributed: Attributed | None = None,
     latency: Sequence[LatencyRow] = (),
     commands: Sequence[str] = (),
 ) -> None:
@@ -84,6 +88,7 @@ def render_report(
         manifest: of the bundle: digests, versions, stages, and what folding did.
         calibration: the ranges.
         audit: of the graph or the engine for a device.
+        attributed: the layers that the loss comes from.
         latency: measured engines, best compared side by side.
         commands: what was typed.
 
@@ -126,6 +131,7 @@ def render_report(
         **_calibration_parts(calibration),
         **_fold_parts(manifest),
         **_search_parts(manifest),
+        **_attribution_parts(attributed),
     )
     _write_atomically(path, html.encode())
 
@@ -212,6 +218,18 @@ def _search_parts(manifest: Manifest | None) -> dict[str, Any]:
         "sensitivity_svg": sensitivity_plot(seen, kept) if seen else None,
         "sensitivity_text": sensitivity_plot_text(seen),
         "n_most_sensitive": len(seen),
+    }
+
+
+def _attribution_parts(attributed: Attributed | None) -> dict[str, Any]:
+    if attributed is None:
+        return {"attributed": None}
+    plotted = attributed.found.layers[:_MOST_SENSITIVE]
+    return {
+        "attributed": attributed,
+        "attribution_svg": attribution_plot(plotted),
+        "attribution_text": attribution_plot_text(plotted),
+        "n_attributed": len(plotted),
     }
 
 

@@ -21,9 +21,13 @@ from pipeline.validation_result import ClassChange, ConfusionChange, Drop, Stage
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from calibration.attribution import LayerShare
+
 __all__ = [
     "accuracy_plot",
     "accuracy_plot_text",
+    "attribution_plot",
+    "attribution_plot_text",
     "class_plot",
     "class_plot_text",
     "confusion_plot",
@@ -247,6 +251,32 @@ def sensitivity_plot(layers: Sequence[Mapping[str, Any]], kept: Collection[str])
         axes.set_xlabel("SQNR, dB: ◆ of the logits, ● of its own output")
 
     return _svg("sensitivity", len(layers), draw)
+
+
+def attribution_plot(layers: Sequence[LayerShare]) -> str:
+    """Each layer's share of the noise at the logits and of the flipped margins; the largest on top."""
+
+    def draw(axes: Axes) -> None:
+        for row, share in enumerate(layers):
+            axes.barh(row - 0.18, 100 * share.logits_share, height=0.34, color=_ACCENT)
+            if share.flip_share is not None:
+                color = _BAD if share.flip_share > 0 else _GOOD
+                axes.barh(row + 0.18, 100 * share.flip_share, height=0.34, color=color)
+        axes.axvline(0, color=_MUTED, linewidth=1)
+        axes.set_yticks(range(len(layers)), [_short(share.layer) for share in layers])
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.set_xlabel("share, %")
+
+    return _svg("attribution", len(layers), draw)
+
+
+def attribution_plot_text(layers: Sequence[LayerShare]) -> str:
+    """What `attribution_plot` shows, for those who do not see it."""
+    return "; ".join(
+        f"{share.layer} {percent(share.logits_share)} of the noise"
+        + ("" if share.flip_share is None else f", {percent(share.flip_share)} of the flips")
+        for share in layers
+    )
 
 
 def sensitivity_plot_text(layers: Sequence[Mapping[str, Any]]) -> str:

@@ -130,10 +130,15 @@ class Corrector:
         """Spent on corrections so far."""
         return sum(self._seconds.values())
 
+    @property
+    def corrections(self) -> tuple[str, ...]:
+        """Those that were made; `AUTO` stands for what was chosen once `reconstruct` has run."""
+        return tuple(name for name in CORRECTIONS if name in self._corrections)
+
     def checks(self) -> dict[str, Any]:
         """For the stage's record."""
         return {
-            "corrections": [name for name in CORRECTIONS if name in self._corrections],
+            "corrections": list(self.corrections),
             "left_out": [list(item) for item in self._left_out],
             "seconds_of": {names: round(seconds, 3) for names, seconds in self._seconds.items()},
             "logits_db": self._logits_db,

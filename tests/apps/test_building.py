@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,14 @@ from apps.building import build
 from apps.cli import main
 from apps.publishing import BuildRequest, print_build
 from pipeline.bundle import open_bundle
-from pipeline.errors import AccuracyGateError, DataError, EdgefoldError, UnsupportedError, UsageError
+from pipeline.errors import (
+    AccuracyGateError,
+    DataError,
+    EdgefoldError,
+    IntegrityError,
+    UnsupportedError,
+    UsageError,
+)
 
 
 @pytest.fixture
@@ -271,3 +280,108 @@ def test_three_commands_of_a_new_user(
     assert report.read_text().startswith("<!doctype html>")
     assert judged["n_images"] == streamed["frames_inferred"] == 20
     assert streamed["top1"] == judged["stages"][-1]["top1"] == 1.0
+
+
+def test_ranges_of_an_earlier_bundle_are_used_without_images(
+    model_py: str, images: Path, tmp_path: Path
+) -> None:
+    plain = request(model_py, images, tmp_path / "first", calibrator="mse", corrections="none")
+    first = build(plain, quiet).bundle
+    for source in (first.path, first.file("calibration.json")):
+        again = build(
+            request(model_py, images, tmp_path / "again", calib=None, calibration=source), quiet
+        ).bundle
+        assert again.sha256("model.int8.onnx") == first.sha256("model.int8.onnx")
+        assert again.sha256("calibration.json") == first.sha256("calibration.json")
+        summary = again.manifest.calibration
+        assert summary is not None
+        assert first.manifest.calibration is not None
+        assert (summary.method, summary.dataset_sha256) == ("mse", first.manifest.calibration.dataset_sha256)
+    jetson = request(
+        model_py, images, tmp_path / "jetson", calib=None, calibration=first.path, target="jetson-orin-nx"
+    )
+    table = build(jetson, quiet).bundle.sha256("calibration.json")
+    assert table == first.sha256("calibration.json")
+
+
+def test_the_table_of_a_corrected_build_gives_its_ranges_to_those_who_ask(
+    model_py: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first = build(request(model_py, images, tmp_path / "first"), quiet).bundle
+    plain = build(request(model_py, images, tmp_path / "plain", corrections="none"), quiet).bundle
+    reused = request(model_py, images, tmp_path / "again", calib=None, calibration=first.path)
+    with pytest.raises(IntegrityError, match="corrections: bias,adaround in the table, none here"):
+        build(reused, quiet)
+    capfd.readouterr()
+    again = build(dataclasses.replace(reused, corrections="none"), quiet).bundle
+    assert "was corrected (bias, adaround)" in " ".join(capfd.readouterr().err.split())
+    for name in ("model.int8.onnx", "calibration.json"):
+        assert again.sha256(name) == plain.sha256(name)
+    assert again.sha256("calibration.json") != first.sha256("calibration.json")
+    device = dataclasses.replace(reused, target="jetson-orin-nx")
+    with pytest.raises(IntegrityError, match="corrections: bias,adaround"):
+        build(device, quiet)
+    device = dataclasses.replace(device, corrections="none")
+    assert build(device, quiet).bundle.sha256("calibration.json") == plain.sha256("calibration.json")
+
+
+def test_a_calibration_that_does_not_fit_is_refused_by_name(
+    model_py: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(
+        request(model_py, images, tmp_path / "first", calibrator="mse", corrections="none"), quiet
+    ).bundle
+    plain = build(request(model_py, images, tmp_path / "fp32", precision="fp32", calib=None), quiet).bundle
+    (images / "a_red" / "0.png").unlink()  # other images than those of the table
+
+    def reuse(**changes: object) -> None:
+        settings = {"calib": None, "calibration": first.path, "eval_data": None, **changes}
+        build(request(model_py, images, tmp_path / "again", **settings), quiet)
+
+    reuse()
+    spec = tmp_path / "spec.json"
+    spec.write_text(json.dumps({"input_hw": [32, 32], "mean": [0.5, 0.5, 0.5]}))
+    table = tmp_path / "calibration.json"
+    table.write_text("{}")
+    for changes, error, words in (
+        ({"calib": str(images)}, IntegrityError, "images: "),
+        ({"calibrator": "minmax"}, IntegrityError, "method: mse in the table, minmax here"),
+        ({"preprocess": spec}, IntegrityError, "preprocessing: "),
+        ({"target": "jetson-orin-nx", "calibrator": "minmax"}, IntegrityError, "method: mse"),
+        ({"calibration": plain.path}, UsageError, "never calibrated"),
+        ({"calibration": table}, IntegrityError, "not a calibration table"),
+        ({"calibration": tmp_path / "absent"}, UsageError, "cannot be read"),
+        ({"corrections": "bias"}, UsageError, "--corrections bias"),
+        ({"precision": "fp32"}, UsageError, "--calibration is for int8"),
+        (
+            {"meet_budget": True, "min_agreement_percent": 90.0, "eval_data": str(images)},
+            UsageError,
+            "--meet-budget",
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            reuse(**changes)
+    monkeypatch.setattr("apps.calibrating.calibration_tools", lambda: {"numpy": "0.1"})
+    with pytest.raises(IntegrityError, match=r"version of numpy: .* in the table, 0\.1 here"):
+        reuse()
+
+
+def test_model_optimizer_is_refused_where_it_cannot_be(
+    model_py: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calibration.modelopt.installed_version", lambda name: "0.47.0")
+    for changes, words in (
+        ({"corrections": "bias"}, "--corrections change"),
+        ({"meet_budget": True, "min_agreement_percent": 90.0}, "--meet-budget needs"),
+        ({"calibration": tmp_path}, "--calibration has"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            build(request(model_py, images, tmp_path / "b", calibrator="modelopt", **changes), quiet)
+
+    def absent(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("calibration.modelopt.installed_version", absent)
+    with pytest.raises(UnsupportedError, match="pip install nvidia-modelopt"):
+        build(request(model_py, images, tmp_path / "b", calibrator="modelopt"), quiet)
+    assert not (tmp_path / "b").exists()

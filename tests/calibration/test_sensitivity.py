@@ -16,7 +16,8 @@ from tolerances import SENSITIVITY_DB, SHARED_PATTERNS_RTOL
 import calibration.sensitivity as sensitivity
 from calibration.placement import PLACEMENTS
 from calibration.quantizer import StaticQuantizer, apply_table
-from calibration.sensitivity import LayerSensitivity, measure_sensitivity, switched_graph
+from calibration.sensitivity import LayerSensitivity, measure_sensitivity
+from calibration.switches import layers_of_placement, switched_graph
 from calibration.table import derive_table
 from pipeline.errors import CalibrationError, IntegrityError
 from pipeline.metrics import sqnr_db
@@ -110,12 +111,12 @@ def test_the_layer_made_bad_comes_first(calibrated):
 def switched(calibrated, rows, path):
     model, table, _ = calibrated
     graph = load_model(model.path)
-    switched_graph(graph, PLACEMENTS["cpu"](graph), table.ranges, rows)
+    switched_graph(graph, layers_of_placement(graph, PLACEMENTS["cpu"](graph), table.ranges), rows)
     save_model(graph, path)
 
     def run(pixels, switches):
         with fp32_runner(path, ()) as runner:
-            assert [spec.name for spec in runner.outputs] == ["logits"]
+            assert [spec.name for spec in runner.outputs] == ["logits", "edgefold_energies"]
             feeds = {"image": pixels, "edgefold_switches": np.array(switches, np.float32)}
             return np.array(runner.infer(feeds)["logits"])
 
@@ -159,10 +160,10 @@ def test_noises_are_told_apart(n_layers):
     """Layers whose noise at the logits is known, more of them than patterns or fewer."""
     rng = np.random.default_rng(0)
     energies = rng.exponential(1.0, n_layers) ** 2
-    fit = sensitivity._Fit(n_layers)
+    fit = sensitivity.PatternFit(n_layers)
     seen = np.zeros(n_layers)
     for index in range(64):
-        patterns = sensitivity._Patterns(n_layers, seed=index)
+        patterns = sensitivity.Patterns(n_layers, seed=index)
         noise = rng.standard_normal((n_layers, 200)) * np.sqrt(energies / 200)[:, None]
         seen += np.einsum("lc,lc->l", noise, noise) / 64
         fp32 = np.full(200, 3.0)
@@ -174,8 +175,8 @@ def test_noises_are_told_apart(n_layers):
 
 def test_a_rectified_noise_is_no_layers_noise():
     """What does not change its sign with the noise lands in the mean, not with a layer."""
-    fit = sensitivity._Fit(3)
-    patterns = sensitivity._Patterns(3, seed=0)
+    fit = sensitivity.PatternFit(3)
+    patterns = sensitivity.Patterns(3, seed=0)
     noise = np.diag([1.0, 2.0, 3.0])
     fit.add(patterns, 10.0 + patterns.switches @ noise + np.abs(patterns.switches @ noise))
     assert fit.energies() * fit._signal == pytest.approx([1.0, 4.0, 9.0])
