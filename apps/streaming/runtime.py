@@ -96,16 +96,24 @@ class Answer:
 
 
 @dataclass(slots=True)
+class _Instant:
+    """When a future was done. By itself: a future keeps its callbacks, and an item that both held the future and
+    were its callback would be a cycle, which keeps frames, and through them mappings, until the next full collection."""
+
+    ns: int = 0
+
+    def mark(self, _: Future[Outputs]) -> None:
+        self.ns = time.monotonic_ns()
+
+
+@dataclass(slots=True)
 class _InFlight:
     engine: LoadedEngine
     batch: InputBatch
     frames: list[TakenFrame]
     future: Future[Outputs]
     submitted_ns: int
-    done_ns: int = 0
-
-    def mark_done(self, _: Future[Outputs]) -> None:
-        self.done_ns = time.monotonic_ns()
+    answered: _Instant
 
     def drop(self, reason: str) -> None:
         for taken in self.frames:
@@ -319,14 +327,14 @@ class StreamRuntime:
         request a stream's number before it is done, whichever is later.
         """
         # The future may be ready an instant before its callback has noted the time.
-        item.done_ns = item.done_ns or time.monotonic_ns()
+        done_ns = item.answered.ns or time.monotonic_ns()
         if item.engine is not self._timed_engine:
             n_streams = item.engine.runner.n_streams
             self._timed_engine = item.engine
             self._engine_free_ns = deque([0] * n_streams, maxlen=n_streams)
-        started_ns = min(max(item.submitted_ns, self._engine_free_ns[0]), item.done_ns)
-        self._engine_free_ns.append(item.done_ns)
-        inferred_s = (item.done_ns - started_ns) / 1e9
+        started_ns = min(max(item.submitted_ns, self._engine_free_ns[0]), done_ns)
+        self._engine_free_ns.append(done_ns)
+        inferred_s = (done_ns - started_ns) / 1e9
         self._slowest_s = max(self._slowest_s, inferred_s)
         return (started_ns - item.submitted_ns) / 1e9, inferred_s
 
@@ -416,8 +424,9 @@ class StreamRuntime:
             self._n_in_flight += 1
         submitted_ns = time.monotonic_ns()
         future = batch.submit(len(frames))
-        item = _InFlight(engine, batch, frames, future, submitted_ns)
-        future.add_done_callback(item.mark_done)
+        answered = _Instant()
+        future.add_done_callback(answered.mark)
+        item = _InFlight(engine, batch, frames, future, submitted_ns, answered)
         if not self._in_flight.put(item):
             item.drop(_STOPPED)
             self._given_up.append(future)
