@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,6 +110,20 @@ def test_every_frame_is_inferred_in_order(parts, list_source, fake_runner) -> No
     state = stream.metrics.snapshot()
     assert (state.frames_inferred, state.dropped, state.top1) == (35, {}, 1.0)
     assert {latency.count for latency in state.latency.values()} == {35}
+
+
+def test_answered_requests_leave_nothing_for_the_collector(parts, list_source, fake_runner) -> None:
+    """A cycle would keep each frame, and the memory it lies in, until a full collection minutes later."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = sum(isinstance(thing, Future) for thing in gc.get_objects())
+        with fake_runner(mean_color) as runner:
+            Stream(parts, list_source([picture()] * 60), runner).run()
+        left = sum(isinstance(thing, Future) for thing in gc.get_objects()) - before
+    finally:
+        gc.enable()
+    assert left <= 3  # the last, still in the hands of a thread
 
 
 def test_a_wrong_engine_shows_in_the_accuracy(parts, list_source, fake_runner) -> None:
