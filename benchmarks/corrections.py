@@ -185,7 +185,7 @@ def _work(folder: Path, case: Case) -> dict[str, Any]:
         "case": asdict(case),
         "logits_sqnr_db": sqnr_db(fp32, int8),
         "agreement": agreement(fp32, int8),
-        **_drop(fp32.argmax(1), int8.argmax(1), images["labels"]),
+        **top1_drop(fp32.argmax(1), int8.argmax(1), images["labels"]),
         "corrections": [] if made is None else made["corrections"],
         "made": len(layers),
         "undone": sum(entry[4] == "undone" for entry in layers),
@@ -196,7 +196,7 @@ def _work(folder: Path, case: Case) -> dict[str, Any]:
     }
 
 
-def _drop(fp32: Any, int8: Any, labels: Any) -> dict[str, Any]:
+def top1_drop(fp32: Any, int8: Any, labels: Any) -> dict[str, Any]:
     from pipeline.statistics import paired_drop_interval
 
     lost = int(((fp32 == labels) & (int8 != labels)).sum())
