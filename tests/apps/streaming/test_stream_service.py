@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -15,11 +16,15 @@ from apps.streaming.service import Notifier
 
 
 @pytest.fixture(params=["path", "abstract"])
-def manager(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[str, socket.socket]]:
+def manager(request: pytest.FixtureRequest) -> Iterator[tuple[str, socket.socket]]:
     """A service manager's end: the address as it stands in NOTIFY_SOCKET, and the socket."""
     name = f"edgefold-{uuid.uuid4().hex}"
-    told = str(tmp_path / name) if request.param == "path" else f"@{name}"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening:
+    # Not under tmp_path: a socket's path has 107 bytes at most.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as listening,
+    ):
+        told = f"{folder}/{name}" if request.param == "path" else f"@{name}"
         listening.bind(told if request.param == "path" else f"\0{name}")
         listening.settimeout(2.0)
         yield told, listening

@@ -435,6 +435,7 @@ def test_a_link_to_another_bundle_is_reloaded_and_a_bad_one_is_refused(
 
 
 def test_sighup_reloads(bundle: Path, open_feed: Any) -> None:
+    before = signal.getsignal(signal.SIGHUP)
     config = StreamConfig(bundle, sources("synthetic:4"), headless=True, max_seconds=20)
     streaming = StreamSession(config, open_feed=open_feed)
 
@@ -451,4 +452,4 @@ def test_sighup_reloads(bundle: Path, open_feed: Any) -> None:
     summary = streaming.run()
     helper.join(5)
     assert (summary.ended, summary.reloads) == ("done", 1)
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) is before
