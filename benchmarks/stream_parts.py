@@ -207,9 +207,10 @@ def engine_worker(given: argparse.Namespace) -> dict[str, float]:
         precision=given.precision, max_batch=given.batch, mode=given.mode, cache_dir=cache_dir("engines")
     )
     engine = load_engine(given.bundle, request)
-    batch = engine.new_batch()
-    batch[...] = np.random.default_rng(0).integers(0, 256, batch.shape)
-    inputs = {engine.runner.inputs[0].name: batch}
+    (spec,) = engine.runner.inputs
+    shape = (given.batch, *(int(size) for size in spec.shape[1:]))
+    pixels = np.random.default_rng(0).integers(0, 256, shape)
+    inputs = {spec.name: pixels.astype(spec.dtype)}
     n_under_way = 2 * engine.runner.n_streams
 
     def submit(n_requests: int) -> None:
