@@ -104,7 +104,7 @@ def build_command(
     calibrator: Annotated[
         _Calibrator | None,
         typer.Option(
-            help="How ranges are chosen; percentile if not given. modelopt: by NVIDIA Model Optimizer, if installed.",
+            help="How ranges are chosen; mse if not given. modelopt: by NVIDIA Model Optimizer, if installed.",
             show_default=False,
         ),
     ] = None,

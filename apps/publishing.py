@@ -49,7 +49,7 @@ __all__ = [
     "write_report",
 ]
 
-DEFAULT_CALIBRATOR = "percentile"
+DEFAULT_CALIBRATOR = "mse"
 _CALIBRATION_TOOLS = ("edgefold", "numpy", "openvino", "pillow")
 """What decodes, scales, runs and counts. What exported the model shows in its digest."""
 _TOOLS = (

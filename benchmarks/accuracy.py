@@ -51,7 +51,7 @@ def main() -> None:
             results["methods"][method] = _summary(report)
             print(method, json.dumps(results["methods"][method]), file=sys.stderr)
         if arguments.name == "signs":
-            bundle = Path(folder) / "percentile"
+            bundle = Path(folder) / "mse"
             stream = json.loads(
                 _edgefold(
                     "stream", str(bundle), "--source", data, "--policy", "every", "--headless", "--json"
@@ -60,7 +60,7 @@ def main() -> None:
             results["through_the_stream"] = {
                 "frames": stream["frames_inferred"],
                 "top1": stream["top1"],
-                "equals_validate": stream["top1"] == results["methods"]["percentile"]["int8_top1"],
+                "equals_validate": stream["top1"] == results["methods"]["mse"]["int8_top1"],
             }
     print(write_results(f"accuracy_{arguments.name}", results))
 

@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--model", default="inception_resnet_lite.cifar10")
     parser.add_argument("--calib", required=True, help="images to calibrate on, none of --data")
     parser.add_argument("--data", required=True, help="labelled images to judge on")
-    parser.add_argument("--calibrators", nargs="+", default=["percentile"])
+    parser.add_argument("--calibrators", nargs="+", default=["mse"])
     parser.add_argument("--images", type=int, default=128, help="to calibrate on")
     parser.add_argument("--limit", type=int, help="judge on so many images")
     arguments = parser.parse_args()

@@ -79,7 +79,7 @@ def _compare(name: str, network: Network, folder: Path) -> dict[str, Any]:
     def singly() -> Iterator[Images]:
         return (network.calibration[i : i + 1] for i in range(len(network.calibration)))
 
-    fp32 = _logits(network.model.path, network.judged)
+    fp32 = logits_of(network.model.path, network.judged)
     result: dict[str, Any] = {
         "n_calibration_images": len(network.calibration),
         "n_judged_images": len(network.judged),
@@ -91,7 +91,7 @@ def _compare(name: str, network: Network, folder: Path) -> dict[str, Any]:
             )
             out = folder / "int8.onnx"
             quantizer.quantize(network.model, singly, "0" * 64, out, lambda *_: None)
-            int8 = _logits(out, network.judged)
+            int8 = logits_of(out, network.judged)
             found = {"logits_sqnr_db": sqnr_db(fp32, int8), "agreement": agreement(fp32, int8)}
             if network.labels is not None:
                 found |= top1_drop(fp32.argmax(1), int8.argmax(1), network.labels)
@@ -147,7 +147,7 @@ def _read(data: str, resolved: Any, model: ModelArtifact, limit: int | None) -> 
     )
 
 
-def _logits(path: Path, images: Images) -> np.ndarray[Any, np.dtype[np.float32]]:
+def logits_of(path: Path, images: Images) -> np.ndarray[Any, np.dtype[np.float32]]:
     from engines.openvino import fp32_runner
 
     with fp32_runner(path, ()) as runner:

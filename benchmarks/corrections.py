@@ -6,7 +6,7 @@ DIR of --photographs has images/ and labels.csv: half calibrates, the other half
 train/ (512 images calibrate) and test/ (all are judged). For every set of corrections: SQNR of the logits against
 the fp32 graph, agreement, the drop of top-1 with its 95% interval, how many corrections were made and undone, and
 seconds of the correcting beside those of one fp32 pass over the calibration images. Then the same for what
-`edgefold build` makes unasked (percentile, 128 images), with its corrections and without, for a CPU and in TensorRT's
+`edgefold build` makes unasked (mse, 128 images), with its corrections and without, for a CPU and in TensorRT's
 form, which ONNX Runtime emulates. Each runs in a process of its own. Writes benchmarks/results/corrections.json.
 
 Goals: on CIFAR-10, a drop of at most 0.05 points on the CPU and 0.1 in TensorRT's form; adaptive rounding of
@@ -55,7 +55,7 @@ class Case:
 
 
 BUILDS = {
-    f"build for {target}, {corrections}": Case(corrections, placement, "percentile", 128)
+    f"build for {target}, {corrections}": Case(corrections, placement, "mse", 128)
     for target, placement in (("a CPU", "cpu"), ("TensorRT", "tensorrt"))
     for corrections in ("auto", "none")
 }

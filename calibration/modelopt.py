@@ -7,8 +7,8 @@ is derived from. So its ranges can be used where its own graphs cannot: those ar
 
 Model Optimizer's other door, ``modelopt.onnx``, gives whole graphs, which lack the ranges that other engines need (both
 inputs of a residual Add), pins versions of onnx and onnxruntime that collide with others, and takes *random* scales
-where it is given no data (facts checked with 0.47). It is not used. ``pip install nvidia-modelopt`` without extras leaves the
-other packages as they are. It does not import without PyTorch.
+where it is given no data (facts checked with 0.47). It is not used. Without its extras the package leaves all others as
+they are. It does not import without PyTorch.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _MODULE = "modelopt.torch.quantization.calib"
 _ALGORITHM = "percentile"
 _PERCENT = 99.99
 _BINS = 2048
-_REMEDY = "pip install nvidia-modelopt requests (without extras), or choose another --calibrator"
+_REMEDY = "pip install 'edgefold[modelopt]', or choose another --calibrator"
 
 
 class ModelOptQuantizer:

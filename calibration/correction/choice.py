@@ -1,6 +1,6 @@
 """Which corrections a build makes unasked: those that paid on every network measured, while they are cheap.
 
-`bias` costs about one fp32 run of the calibration images and is always made. `adaround` solves a dense system for
+`bias` costs less than one fp32 run of the calibration images and is always tried. `adaround` solves a dense system for
 every layer: seconds for a network of a few million weights, minutes for Inception-ResNet-v2. It is made where its
 estimated cost stays below `LIMIT_SECONDS`. The estimate counts operations at fixed rates, and does not time this
 machine: the same network and images get the same corrections everywhere.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from calibration.correction.channels import trace_channels
 from calibration.correction.choice import choose_corrections
 from calibration.correction.equalization import channel_ranges, channel_scales, equalize, tensors_to_equalize
 from calibration.correction.equalization_check import judge_scales
-from calibration.correction.layerwise import bytes_per_image
-from calibration.correction.reconstruction import reconstruct
+from calibration.correction.images import FEWEST, MAX_IMAGES, images_that_fit, spread, take_images
+from calibration.correction.judge import Judgement, LogitsJudge, fixed_batch, logits_of
+from calibration.correction.reconstruction import carry_over, reconstruct
 from calibration.correction.records import (
     AUTO,
     CORRECTIONS,
@@ -30,8 +33,6 @@ from calibration.correction.records import (
     summary,
 )
 from calibration.placement import PLACEMENTS, Placement, tensorrt
-from calibration.qdq import insert_qdq, weight_params
-from calibration.qparams import dequantize, quantize
 from calibration.tensorrt_form import choose_remainder
 from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorRange
 from pipeline.contracts import Batches, Progress, RunnerFactory
@@ -39,55 +40,22 @@ from pipeline.metrics import sqnr_db
 from pipeline.onnx_files import load_model, save_model
 from pipeline.passes.center_pixels import center_pixels
 
-__all__ = ["Corrector", "images_that_fit", "placed_graph", "take_images"]
+__all__ = ["Corrector", "placed_graph"]
 
-_HELD_BYTES = 2 * 2**30
-"""What the images of a reconstruction may take at once, in both of its runs: with PyTorch in the same process, a build
-stays within 4 GB."""
-MAX_IMAGES = 1024
-"""As many as the paper on adaptive rounding takes."""
 _SAME_MODEL_DB = 60.0
 """An equalized model differs from the original by float32 rounding, 100 dB down, unless a clip was reached."""
 _JUDGING_IMAGES = 4
-_LOGITS_IMAGES = 8
-"""For what the corrections come to at the logits: those that judged the layers, which none was made from."""
-_FEWEST = 8
+_SHOWING_IMAGES = 8
+_DECIDING_IMAGES = 24
+"""For the SQNR of the logits, which one image in eight can turn by a decibel: more of them where it decides."""
+_TRIED_LAYERS = 8
 _EQUALIZATION_SHARE = 1 / 4
 _BIAS_SHARE = 1 / 6
 """Of the images, so that both together cost at most one pass over all of them: a bias correction by itself runs every
 layer twice, equalization once and on `_JUDGING_IMAGES` five times. More images do not make a better bias: with an
 eighth of them or a third, EfficientNet-Lite1 comes to 23 dB and `inception_resnet_lite` to 38."""
-
-
-def take_images(batches: Batches, share: float, at_most: int, multiple_of: int) -> NDArray[np.uint8]:
-    """An even selection of the images of a pass, as one array.
-
-    Args:
-        batches: uint8 NHWC.
-        share: of the images, at most 1; at least `_FEWEST` are taken.
-        at_most: however many there are.
-        multiple_of: the model's batch size, where that is fixed; else 1.
-    """
-    taken: list[NDArray[np.uint8]] = []
-    n_seen = 0
-    every = 1
-    for image in (image for batch in batches() for image in batch):
-        if n_seen % every == 0:
-            taken.append(image.copy())
-        n_seen += 1
-        if len(taken) > 2 * at_most:  # every second of them, and from now on half as many
-            taken, every = taken[::2], 2 * every
-    wanted = min(at_most, len(taken), max(round(share * n_seen), _FEWEST))
-    wanted = wanted // multiple_of * multiple_of
-    chosen = np.linspace(0, len(taken), wanted, endpoint=False).astype(np.int64)
-    return np.stack([taken[index] for index in chosen]) if wanted else np.empty((0, 1, 1, 3), np.uint8)
-
-
-def images_that_fit(model: ir.Model) -> int:
-    """How many images a reconstruction can hold between two layers."""
-    # Two runs: float32 in the reference, a quarter of that where values are quantized.
-    each = bytes_per_image(model) * 5 // 4
-    return max(_FEWEST, min(MAX_IMAGES, _HELD_BYTES // max(each, 1)))
+_BIAS_IMAGES = 144
+"""Read where nothing but biases is corrected: `_BIAS_SHARE` of them correct, `_DECIDING_IMAGES` judge."""
 
 
 class Corrector:
@@ -168,7 +136,7 @@ class Corrector:
         names = tensors_to_equalize(graph.graph, quantized)
         images = self._images(graph, _EQUALIZATION_SHARE, MAX_IMAGES)
         n_judging = min(_JUDGING_IMAGES, len(images) // 2)
-        n_judging -= n_judging % _fixed_batch(graph)
+        n_judging -= n_judging % fixed_batch(graph)
         if not names or not n_judging:
             return model
         fit, judging = images[:-n_judging], images[-n_judging:]
@@ -187,9 +155,11 @@ class Corrector:
         )
         if (scales == 1.0).all():
             return model
-        original = self._logits(graph, judging)
+        original = logits_of(graph, judging, self._runner_factory, self._folder)
         equalize(atoms, scales)
-        if sqnr_db(original, self._logits(graph, judging)) < _SAME_MODEL_DB:  # a clip was reached after all
+        if (
+            sqnr_db(original, logits_of(graph, judging, self._runner_factory, self._folder)) < _SAME_MODEL_DB
+        ):  # a clip was reached after all
             self._records = tuple(dataclasses.replace(record, kept=False) for record in self._records)
             return model
         path = self._folder / "equalized.onnx"
@@ -216,95 +186,189 @@ class Corrector:
         if not wanted:
             return model, table
         graph, placement = placed_graph(model, self._placement, table.ranges)
-        before, ranges = graph.clone(), table.ranges
-        images = np.empty((0, 1, 1, 3), np.uint8)
-        unasked = AUTO in wanted
-        if unasked:
-            n_images = min(table.n_samples, images_that_fit(graph))
-            choice = choose_corrections(graph, placement, n_images)
-            self._corrections, self._left_out = choice.corrections, choice.left_out
-            wanted = choice.corrections
-        if wanted - {"bias"}:
-            walked = wanted if "adaround" in wanted else wanted - {"bias"}
-            began = time.perf_counter()
-            images = self._images(graph, 1.0, images_that_fit(graph))
+        if AUTO in wanted:
+            made = self._automatic(graph, placement, table)
+        else:
+            made = self._asked_for(graph, placement, table.ranges, wanted)
+        self._corrections = made.corrections | (self._corrections & {"equalize"})
+        self._records += made.records
+        self._skipped = made.skipped
+        if made.graph is graph:
+            return model, table
+        path = self._folder / "corrected.onnx"
+        sha256 = save_model(made.graph, path)
+        return dataclasses.replace(model, path=path, sha256=sha256), dataclasses.replace(
+            table, ranges=made.ranges
+        )
+
+    def _asked_for(
+        self,
+        graph: ir.Model,
+        placement: Placement,
+        ranges: Mapping[str, TensorRange],
+        wanted: frozenset[str],
+    ) -> _Attempt:
+        """What a person named; what it comes to at the logits is shown, and decides nothing."""
+        alone = wanted == {"bias"}
+        images = self._images(graph, 1.0, _BIAS_IMAGES if alone else images_that_fit(graph))
+        made = _Attempt(wanted, graph.clone(), dict(ranges))
+        if alone:
+            self._correct_biases(made, placement, images)
+        else:
+            self._walk(made, placement, images, wanted if "adaround" in wanted else wanted - {"bias"})
+            if "adaround" not in wanted and "bias" in wanted:
+                self._correct_biases(made, placement, images)
+        judge = self._judge(graph, placement, images, _SHOWING_IMAGES)
+        before = _Attempt(frozenset(), graph, dict(ranges))
+        self._show(self._judged(before, judge), self._judged(made, judge))
+        return made
+
+    def _automatic(self, graph: ir.Model, placement: Placement, table: CalibrationTable) -> _Attempt:
+        """Biases, unless the logits clearly are worse for them; rounding, where it is cheap and they clearly are better.
+
+        Rounding is given up after `_TRIED_LAYERS` layers where the logits are no better for those.
+        """
+        n_images = min(table.n_samples, images_that_fit(graph))
+        choice = choose_corrections(graph, placement, n_images)
+        self._left_out = choice.left_out
+        rounds = "adaround" in choice.corrections
+        images = self._images(graph, 1.0, images_that_fit(graph) if rounds else _BIAS_IMAGES)
+        judge = self._judge(graph, placement, images, _DECIDING_IMAGES)
+        plain = self._judged(_Attempt(frozenset(), graph, dict(table.ranges)), judge)
+        best = _Attempt(frozenset({"bias"}), graph.clone(), dict(table.ranges))
+        self._correct_biases(best, placement, images)
+        self._judged(best, judge)
+        undone: tuple[tuple[str, str], ...] = ()
+        if plain.beats(best, Judgement.is_clearly_better_than):
+            undone, best = (("bias", f"{_from_to(plain, best)} and was undone"),), plain
+        if rounds:
+            rounded = _Attempt(choice.corrections, graph.clone(), dict(table.ranges))
+            if self._rounds_better(rounded, best, placement, images, judge):
+                undone, best = (), rounded
+        self._left_out += undone
+        self._show(plain, best)
+        return best
+
+    def _rounds_better(
+        self,
+        rounded: _Attempt,
+        best: _Attempt,
+        placement: Placement,
+        images: NDArray[np.uint8],
+        judge: LogitsJudge,
+    ) -> bool:
+        tried = placement.weights[:_TRIED_LAYERS]
+
+        def goes_on(n_done: int) -> bool:
+            if n_done != len(tried) or n_done == len(placement.weights):
+                return True
+            mixed = _Attempt(rounded.corrections, best.graph.clone(), best.ranges)
+            carry_over(rounded.graph, mixed.graph, tried)
+            if not best.beats(self._judged(mixed, judge), Judgement.is_better_than):
+                return True
+            layers = f"the first {n_done} of {len(placement.weights)} layers"
+            self._left_out += (
+                ("adaround", f"{_from_to(best, mixed)} with {layers}, and was given up there"),
+            )
+            return False
+
+        if not self._walk(rounded, placement, images, rounded.corrections, goes_on):
+            return False
+        self._judged(rounded, judge)
+        if rounded.judgement is None or rounded.beats(best, Judgement.is_clearly_better_than):
+            return True
+        reason = f"{_from_to(best, rounded)}, no clear gain on {judge.n_images} images, and was undone"
+        self._left_out += (("adaround", reason),)
+        return False
+
+    def _walk(
+        self,
+        attempt: _Attempt,
+        placement: Placement,
+        images: NDArray[np.uint8],
+        corrections: frozenset[str],
+        goes_on: Callable[[int], bool] = lambda _: True,
+    ) -> bool:
+        """Reconstruct layer by layer; whether it went to the end."""
+        with self._timed(_joined(corrections)):
             found = reconstruct(
-                graph,
+                attempt.graph,
                 placement,
-                table.ranges,
+                attempt.ranges,
                 images,
-                walked,
+                corrections,
                 self._runner_factory,
                 self._folder,
                 self._progress,
+                goes_on,
             )
-            self._seconds[_joined(walked)] = time.perf_counter() - began
-            self._records += found.records
-            self._skipped = found.skipped
-            table = dataclasses.replace(table, ranges=found.ranges)
-        if "bias" in wanted and "adaround" not in wanted:
-            began = time.perf_counter()
-            images = self._images(graph, _BIAS_SHARE, MAX_IMAGES)
-            self._records += correct_biases(
-                graph, placement, table.ranges, images, self._runner_factory, self._folder
+        attempt.ranges = found.ranges
+        attempt.records += found.records
+        attempt.skipped = found.skipped
+        return found.is_whole
+
+    def _correct_biases(self, attempt: _Attempt, placement: Placement, images: NDArray[np.uint8]) -> None:
+        batch = fixed_batch(attempt.graph)
+        fit = images[~judging(len(images))]
+        wanted = max(round(_BIAS_SHARE * len(images)), FEWEST)
+        fit = spread(fit, min(wanted, len(fit)) // batch * batch)
+        with self._timed("bias"):
+            attempt.records += correct_biases(
+                attempt.graph, placement, attempt.ranges, fit, self._runner_factory, self._folder
             )
-            self._seconds["bias"] = time.perf_counter() - began
+
+    def _judge(
+        self, graph: ir.Model, placement: Placement, images: NDArray[np.uint8], at_most: int
+    ) -> LogitsJudge:
+        judges = spread(images[judging(len(images))], at_most)
+        with self._timed("judging"):
+            return LogitsJudge(graph, placement, judges, self._runner_factory, self._folder)
+
+    def _judged(self, attempt: _Attempt, judge: LogitsJudge) -> _Attempt:
+        with self._timed("judging"):
+            attempt.judgement = judge.judge(attempt.graph, attempt.ranges)
+        return attempt
+
+    def _show(self, before: _Attempt, after: _Attempt) -> None:
+        if before.judgement is not None and after.judgement is not None:
+            self._logits_db = [
+                rounded_db(made.judgement.logits_db) for made in (before, after) if made.judgement
+            ]
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        self._judge_logits(placement, (before, ranges), (graph, table.ranges), images)
-        self._seconds["judging"] = time.perf_counter() - began
-        if unasked and self._made_worse():
-            self._take_back()
-            return model, dataclasses.replace(table, ranges=ranges)
-        path = self._folder / "corrected.onnx"
-        return dataclasses.replace(model, path=path, sha256=save_model(graph, path)), table
-
-    def _made_worse(self) -> bool:
-        """Layers better at their own outputs can be worse together; nobody asked for that."""
-        before, after = self._logits_db or (None, None)
-        return after is not None and (before is None or after < before)
-
-    def _take_back(self) -> None:
-        before, after = ("exact" if db is None else f"{db:.1f} dB" for db in self._logits_db or ())
-        reason = f"took the logits from {before} to {after} and was undone; try another --calibrator"
-        self._left_out += tuple((name, reason) for name in CORRECTIONS if name in self._corrections)
-        self._corrections = frozenset()
-        self._records = tuple(dataclasses.replace(record, kept=False) for record in self._records)
-
-    def _judge_logits(
-        self,
-        placement: Placement,
-        before: tuple[ir.Model, Mapping[str, TensorRange]],
-        after: tuple[ir.Model, Mapping[str, TensorRange]],
-        images: NDArray[np.uint8],
-    ) -> None:
-        """SQNR of the logits with weights rounded to nearest, and with the corrected ones."""
-        judges = images[judging(len(images))][:_LOGITS_IMAGES]
-        judges = judges[: len(judges) // _fixed_batch(before[0]) * _fixed_batch(before[0])]
-        if not len(judges):
-            return
-        exact = self._logits(before[0], judges)
-        self._logits_db = [
-            rounded_db(sqnr_db(exact, self._logits(_on_grids(graph, placement, ranges), judges)))
-            for graph, ranges in (before, after)
-        ]
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - began
 
     def _images(self, graph: ir.Model, share: float, at_most: int) -> NDArray[np.uint8]:
-        images = take_images(self._batches, share, at_most, _fixed_batch(graph))
+        images = take_images(self._batches, share, at_most, fixed_batch(graph))
         self._n_images = max(self._n_images, len(images))
         return images
 
-    def _logits(self, graph: ir.Model, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        path = self._folder / "whole.onnx"
-        save_model(graph, path)
-        batch = _fixed_batch(graph)
-        name, output = graph.graph.inputs[0].name or "", graph.graph.outputs[0].name or ""
-        with self._runner_factory(path, ()) as runner:
-            return np.concatenate(
-                [
-                    np.array(runner.infer({name: images[start : start + batch]})[output])
-                    for start in range(0, len(images), batch)
-                ]
-            )
+
+@dataclass(slots=True)
+class _Attempt:
+    """A model with some corrections, and what it is worth."""
+
+    corrections: frozenset[str]
+    graph: ir.Model
+    ranges: dict[str, TensorRange]
+    records: tuple[CorrectionRecord, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    judgement: Judgement | None = None
+    """``None``: there was no image to judge by."""
+
+    def beats(self, other: _Attempt, criterion: Callable[[Judgement, Judgement], bool]) -> bool:
+        """Whether it is better by one of the criteria of `Judgement`; nothing beats anything without images."""
+        if self.judgement is None or other.judgement is None:
+            return False
+        return criterion(self.judgement, other.judgement)
+
+
+def _from_to(before: _Attempt, after: _Attempt) -> str:
+    shown = [f"{made.judgement.mean_image_db:.1f}" for made in (before, after) if made.judgement is not None]
+    return f"took the logits of the average image from {' to '.join(shown)} dB"
 
 
 def placed_graph(
@@ -322,23 +386,5 @@ def placed_graph(
     return graph, tensorrt.place(graph, remainder=choose_remainder(graph, ranges)[0])
 
 
-def _on_grids(model: ir.Model, placement: Placement, ranges: Mapping[str, TensorRange]) -> ir.Model:
-    """`model` as its int8 form computes, with float weights that lie on their grids: no engine then lowers it."""
-    rounded = model.clone()
-    for point in placement.weights:
-        value = rounded.graph.initializers[point.weight]
-        assert value.const_value is not None, "a weight point names a constant"
-        array = value.const_value.numpy()
-        params = weight_params(array, point, placement)
-        value.const_value = ir.tensor(dequantize(quantize(array, params), params), name=value.name)
-    insert_qdq(rounded, dataclasses.replace(placement, weights=()), ranges)
-    return rounded
-
-
 def _joined(names: frozenset[str]) -> str:
     return "+".join(name for name in CORRECTIONS if name in names)
-
-
-def _fixed_batch(graph: ir.Model) -> int:
-    shape = graph.graph.inputs[0].shape
-    return shape[0] if shape is not None and isinstance(shape[0], int) else 1

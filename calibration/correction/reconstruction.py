@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ from pipeline.artifacts import QuantParams, TensorRange
 from pipeline.contracts import Progress, RunnerFactory
 from pipeline.metrics import sqnr_db
 
-__all__ = ["MAX_SUMS", "Reconstruction", "n_sampled", "reconstruct"]
+__all__ = ["MAX_SUMS", "Reconstruction", "carry_over", "n_sampled", "reconstruct"]
 
 RIDGES = (3.0, 0.3, 0.03)
 """Tried for every layer: how far a layer may go in making up for the noise of those before it depends on how
@@ -72,6 +72,8 @@ class Reconstruction:
     records: tuple[CorrectionRecord, ...]
     skipped: tuple[tuple[str, str], ...]
     """Layers that were left as they are, and why."""
+    is_whole: bool
+    """Otherwise it was given up on the way."""
 
 
 @dataclass(slots=True)
@@ -103,6 +105,7 @@ def reconstruct(
     runner_factory: RunnerFactory,
     folder: Path,
     progress: Progress,
+    goes_on: Callable[[int], bool] = lambda _: True,
 ) -> Reconstruction:
     """Correct the weights and biases of `model` in place.
 
@@ -115,16 +118,30 @@ def reconstruct(
         runner_factory: makes the runners of the pieces.
         folder: for temporary files.
         progress: told of every layer.
+        goes_on: asked after every layer, with the number of layers that `model` now has corrected.
 
     Raises:
         CalibrationError: as `calibration.qdq.insert_qdq`.
         EngineError: a piece of the graph cannot be run.
     """
     run = _Run(model, placement, dict(ranges), images, frozenset(corrections), runner_factory, folder)
-    for done, point in enumerate(placement.weights):
+    is_whole = True
+    for done, point in enumerate(placement.weights, start=1):
         run.correct(point)
-        progress("correct", done + 1, len(placement.weights))
-    return Reconstruction(run.ranges, tuple(run.records), tuple(run.skipped))
+        progress("correct", done, len(placement.weights))
+        if not goes_on(done):
+            is_whole = False
+            break
+    return Reconstruction(run.ranges, tuple(run.records), tuple(run.skipped), is_whole)
+
+
+def carry_over(source: ir.Model, target: ir.Model, points: Sequence[WeightPoint]) -> None:
+    """Give layers of `target` the weights and biases they have in `source`, a model of the same graph."""
+    nodes = {value.name: node for node in source.graph for value in node.outputs}
+    for point in points:
+        for name in (point.weight, _bias_name(nodes[point.consumer.node])):
+            if name is not None:
+                _write(target, name, _array(source.graph.initializers[name]))
 
 
 class _Run:

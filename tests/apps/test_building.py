@@ -120,14 +120,17 @@ def test_what_was_corrected_is_printed_with_its_cost_and_can_be_switched_off(
     print_build(outcome)
     printed = " ".join(capsys.readouterr().err.split())
     (checks,) = (s.checks for s in outcome.bundle.manifest.stages if s.stage == "correct")
-    assert checks["corrections"] == ["bias", "adaround"]
-    assert f"bias+adaround {checks['seconds_of']['bias+adaround']:.1f} s, " in printed
+    left_out = dict(checks["left_out"])
+    assert set(checks["corrections"]) | set(left_out) == {"equalize", "ranges", "bias", "adaround"}
+    assert "bias" in checks["corrections"]
+    assert f"bias+adaround {checks['seconds_of']['bias+adaround']:.1f} s" in printed
     assert ", made from 20 images" in printed
     assert " logits: from " in printed
-    assert [gain["correction"] for gain in checks["gains"]] == ["bias", "adaround"]
+    assert [gain["correction"] for gain in checks["gains"]] == checks["corrections"]
     assert "bias: the median of 2 layers from " in printed
-    assert "equalize left out: does not pay on every network measured" in printed
-    assert json.loads(outcome.to_json())["corrections"]["corrections"] == ["bias", "adaround"]
+    for name, reason in left_out.items():
+        assert f"{name} left out: {reason}" in printed
+    assert json.loads(outcome.to_json())["corrections"]["corrections"] == checks["corrections"]
     plain = build(request(model_py, images, tmp_path / "plain", eval_data=None, corrections="none"), quiet)
     assert "correct" not in {stage.stage for stage in plain.bundle.manifest.stages}
     print_build(plain)
@@ -307,7 +310,8 @@ def test_ranges_of_an_earlier_bundle_are_used_without_images(
 def test_the_table_of_a_corrected_build_gives_its_ranges_to_those_who_ask(
     model_py: str, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    first = build(request(model_py, images, tmp_path / "first"), quiet).bundle
+    corrected = request(model_py, images, tmp_path / "first", corrections="bias,adaround")
+    first = build(corrected, quiet).bundle
     plain = build(request(model_py, images, tmp_path / "plain", corrections="none"), quiet).bundle
     reused = request(model_py, images, tmp_path / "again", calib=None, calibration=first.path)
     with pytest.raises(IntegrityError, match="corrections: bias,adaround in the table, none here"):
@@ -382,6 +386,6 @@ def test_model_optimizer_is_refused_where_it_cannot_be(
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("calibration.modelopt.installed_version", absent)
-    with pytest.raises(UnsupportedError, match="pip install nvidia-modelopt"):
+    with pytest.raises(UnsupportedError, match=r"pip install 'edgefold\[modelopt\]'"):
         build(request(model_py, images, tmp_path / "b", calibrator="modelopt"), quiet)
     assert not (tmp_path / "b").exists()

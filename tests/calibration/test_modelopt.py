@@ -135,7 +135,7 @@ def test_it_is_not_installed(monkeypatch):
         raise modelopt.PackageNotFoundError(name)
 
     monkeypatch.setattr(modelopt, "installed_version", absent)
-    with pytest.raises(UnsupportedError, match="pip install nvidia-modelopt") as raised:
+    with pytest.raises(UnsupportedError, match=r"pip install 'edgefold\[modelopt\]'") as raised:
         ModelOptQuantizer(runner_factory=fp32_runner)
     assert raised.value.exit_code == 4
 

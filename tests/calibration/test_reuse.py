@@ -61,10 +61,8 @@ def test_the_table_says_all_it_was_made_from(model, tmp_path):
 
 
 def test_corrections_are_named_as_made_not_as_asked_for(model, tmp_path):
-    assert calibrate(model, tmp_path / "int8.onnx", corrections=("auto",))[1].corrections == (
-        "bias",
-        "adaround",
-    )
+    made = calibrate(model, tmp_path / "int8.onnx", corrections=("auto",))[1].corrections
+    assert made in (("bias",), ("bias", "adaround"))
     assert calibrate(model, tmp_path / "int8.onnx")[1].corrections == ()
 
 

@@ -14,8 +14,10 @@ from onnx_text import onnx_model, weight
 from tolerances import ADAPTIVE_GAIN_DB, EQUALIZATION_GAIN_DB, LOGITS_OF_GRIDS_DB
 
 from calibration.correction import AUTO, CORRECTIONS, CorrectionRecord, parse_corrections
+from calibration.correction import correcting as correcting_module
 from calibration.correction import reconstruction as reconstruction_module
-from calibration.correction.correcting import Corrector, take_images
+from calibration.correction.images import spread, take_images
+from calibration.correction.judge import Judgement, LogitsJudge
 from calibration.correction.records import gains, judging
 from calibration.quantizer import StaticQuantizer, apply_table
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
@@ -116,7 +118,7 @@ def test_the_default_corrections_gain_on_images_not_seen(model, tmp_path):
     assert record.outputs == corrected.history[-1].inputs[:1]
     assert record.checks["corrections"] == ["bias", "adaround"]
     assert [name for name, _ in record.checks["left_out"]] == ["equalize", "ranges"]
-    assert list(record.checks["seconds_of"]) == ["bias+adaround", "judging"]
+    assert list(record.checks["seconds_of"]) == ["judging", "bias", "bias+adaround"]
     assert record.seconds == pytest.approx(sum(record.checks["seconds_of"].values()), abs=2e-3)
     assert record.checks["n_correction_images"] == 40
     assert record.checks["not_corrected"] == []
@@ -225,21 +227,115 @@ def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
     assert db[len(WALKED)] > db[0]
 
 
-def test_what_nobody_asked_for_is_undone_where_the_logits_are_worse(model, tmp_path, monkeypatch):
-    plain, _, _ = run(model, tmp_path / "plain.onnx", ())
+def judged_as(monkeypatch, *worths):
+    """Every int8 form is worth the next of these, decibels of each image."""
+    in_turn = iter(worths)
 
-    def judged(self, *_):
-        self._logits_db = [30.9, 30.4]
+    def judge(self, *_):
+        image_db = np.array(next(in_turn))
+        return Judgement(float(image_db.mean()), image_db)
 
-    monkeypatch.setattr(Corrector, "_judge_logits", judged)
-    undone, _, record = run(model, tmp_path / "undone.onnx", (AUTO,))
-    assert undone.sha256 == plain.sha256
-    assert record.checks["corrections"] == []
-    assert record.outputs == (model.sha256,)
-    assert {entry[4] for entry in record.checks["corrected_layers"]} == {"undone"}
-    assert dict(record.checks["left_out"])["bias"].startswith("took the logits from 30.9 dB to 30.4 dB")
-    _, _, kept = run(model, tmp_path / "kept.onnx", ("bias",))
-    assert kept.checks["corrections"] == ["bias"], "asked for"
+    monkeypatch.setattr(LogitsJudge, "judge", judge)
+
+
+PLAIN = [30.0, 31.0, 32.0, 33.0]
+
+
+@pytest.mark.parametrize(
+    ("biased", "rounded", "made", "reasons"),
+    [
+        ([33.0, 34.1, 35.0, 36.2], [39.0, 41.0, 41.2, 42.0], ["bias", "adaround"], {}),
+        (
+            [33.0, 34.1, 35.0, 36.2],
+            [35.0, 33.1, 37.0, 35.2],
+            ["bias"],
+            {"adaround": "from 34.6 to 35.1 dB, no clear gain on 8 images, and was undone"},
+        ),
+        (
+            [30.5, 30.4, 32.5, 32.4],
+            [30.0, 31.0, 32.0, 33.0],
+            ["bias"],
+            {"adaround": "no clear gain on 8 images"},
+        ),
+        (
+            [28.0, 29.1, 30.0, 31.2],
+            [29.0, 30.1, 31.0, 32.2],
+            [],
+            {"bias": "from 31.5 to 29.6 dB and was undone", "adaround": "from 31.5 to 30.6 dB"},
+        ),
+        ([28.0, 29.1, 30.0, 31.2], [39.0, 41.0, 41.2, 42.0], ["bias", "adaround"], {}),
+    ],
+)
+def test_of_what_nobody_asked_for_the_best_is_kept(
+    model, tmp_path, monkeypatch, biased, rounded, made, reasons
+):
+    judged_as(monkeypatch, PLAIN, biased, rounded)
+    quantized, _, record = run(model, tmp_path / "int8.onnx", (AUTO,))
+    assert record.checks["corrections"] == made
+    worth = {(): PLAIN, ("bias",): biased, ("bias", "adaround"): rounded}[tuple(made)]
+    assert record.checks["logits_db"] == [np.mean(PLAIN), round(float(np.mean(worth)), 2)]
+    assert {entry[1] for entry in record.checks["corrected_layers"]} == set(made)
+    left_out = dict(record.checks["left_out"])
+    assert set(left_out) == {"equalize", "ranges", *reasons}
+    for name, part in reasons.items():
+        assert part in left_out[name]
+    monkeypatch.undo()
+    same, _, _ = run(model, tmp_path / "asked.onnx", tuple(made))
+    if made != ["bias"]:  # those are made from fewer images where they are all
+        assert np.array_equal(logits(same.path), logits(quantized.path))
+
+
+def test_rounding_is_given_up_after_a_few_layers_that_do_not_gain(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(correcting_module, "_TRIED_LAYERS", 2)
+    walked = []
+    solve = reconstruction_module.round_adaptively
+    monkeypatch.setattr(
+        reconstruction_module, "round_adaptively", lambda *arguments: walked.append(1) or solve(*arguments)
+    )
+    biased, tried = [33.0, 34.1, 35.0, 36.2], [33.0, 34.0, 35.0, 36.0]
+    judged_as(monkeypatch, PLAIN, biased, tried)
+    _, _, record = run(model, tmp_path / "int8.onnx", (AUTO,))
+    assert len(walked) == 2, "of four layers"
+    assert record.checks["corrections"] == ["bias"]
+    assert dict(record.checks["left_out"])["adaround"] == (
+        "took the logits of the average image from 34.6 to 34.5 dB with the first 2 of 4 layers, and was given up there"
+    )
+
+
+def test_layers_tried_stand_in_the_graph_that_is_judged(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(correcting_module, "_TRIED_LAYERS", 2)
+    seen = []
+    judge = LogitsJudge.judge
+
+    def watched(self, graph, ranges):
+        seen.append({name: value.const_value.numpy() for name, value in graph.graph.initializers.items()})
+        return judge(self, graph, ranges)
+
+    monkeypatch.setattr(LogitsJudge, "judge", watched)
+    monkeypatch.setattr(Judgement, "is_better_than", lambda *_: False)  # it goes on, whatever they say
+    run(model, tmp_path / "int8.onnx", (AUTO,))
+    _, biased, mixed, whole = seen
+    for name, both in (("w", whole), ("v", whole), ("u", biased), ("h", biased), ("z", biased)):
+        assert np.array_equal(mixed[name], both[name]), name
+    assert not np.array_equal(mixed["w"], biased["w"])
+
+
+def test_clearly_better_is_by_more_than_chance_would_give():
+    few = Judgement(30.0, np.array([30.0, 31.0, 32.0, 33.0]))
+    same_everywhere = Judgement(30.5, few.image_db + 0.5)
+    one_image = Judgement(35.0, few.image_db + np.array([0.0, 0.0, 0.0, 8.0]))
+    assert same_everywhere.is_clearly_better_than(few)
+    assert one_image.is_better_than(few)
+    assert not one_image.is_clearly_better_than(few)
+    assert not few.is_better_than(few)
+    alone = Judgement(40.0, np.array([40.0]))
+    assert not alone.is_clearly_better_than(Judgement(20.0, np.array([20.0])))
+
+
+def test_images_are_chosen_from_all_over():
+    pixels = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1)
+    assert spread(pixels, 5).ravel().tolist() == [0, 2, 4, 6, 8]
+    assert spread(pixels, 99).shape == pixels.shape
 
 
 @pytest.mark.parametrize("placement", ["cpu", "tensorrt"])
