@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import cv2
 import numpy as np
 import pytest
+from waiting import PATIENCE_S, eventually
 
 from apps.streaming import recording, sinks
 from apps.streaming import segments as segments_module
@@ -46,13 +47,6 @@ def noise(hw: tuple[int, int] = HW) -> Iterator[np.ndarray]:
     """Pictures without end that cannot be compressed."""
     random = np.random.default_rng(0)
     return itertools.cycle([random.integers(0, 255, (*hw, 3), np.uint8) for _ in range(7)])
-
-
-def eventually(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline_s, "not within the time"
-        time.sleep(0.01)
 
 
 def segments(folder: Path) -> list[str]:
@@ -244,22 +238,21 @@ def test_one_segment_cannot_eat_the_quota(record: Callable[..., SegmentRecorder]
 def test_a_slow_disk_does_not_hold_up_a_live_stream(
     record: Callable[..., SegmentRecorder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Recorder.write
+    original, goes_on = Recorder.write, threading.Event()
 
     def slow(self: Recorder, *arguments: object) -> None:
-        time.sleep(0.2)
+        assert goes_on.wait(PATIENCE_S)
         original(self, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Recorder, "write", slow)
     recorder = record(queue_bytes=3 * picture().nbytes)
-    started_s = time.monotonic()
     for index in range(50):
         recorder.write(frame(0.02 * index), PREDICTION, picture())
-    assert time.monotonic() - started_s < 2.0  # waiting for the disk, it would be 10
+    assert recorder.counters()["dropped"] >= 50 - 4  # three in the queue, one under the encoder's hands
+    goes_on.set()
     recorder.close()
     counters = recorder.counters()
     assert counters["frames"] + counters["dropped"] == 50
-    assert counters["dropped"] >= 35
 
 
 def test_a_disk_that_hangs_holds_up_a_file_once_and_not_for_every_frame(
@@ -268,12 +261,12 @@ def test_a_disk_that_hangs_holds_up_a_file_once_and_not_for_every_frame(
     monkeypatch.setattr(recording, "_PATIENCE_S", 0.2)
     monkeypatch.setattr(recording, "_CLOSE_S", 0.1)
     release = threading.Event()
-    monkeypatch.setattr(Recorder, "write", lambda *_: release.wait(20))
+    monkeypatch.setattr(Recorder, "write", lambda *_: release.wait(PATIENCE_S))
     recorder = record(by_time=False, queue_bytes=1)
     started_s = time.monotonic()
     for index in range(50):
         recorder.write(frame(0.02 * index), PREDICTION, picture())
-    assert 0.15 < time.monotonic() - started_s < 3.0  # waiting each time, it would be 10
+    assert 0.15 < time.monotonic() - started_s < 0.2 * 45  # waiting each time, it would be 10
     with pytest.raises(EdgefoldError, match="the disk does not answer"):
         recorder.close()
     release.set()
@@ -361,7 +354,7 @@ def test_a_real_disk_that_fills_up(record: Callable[..., SegmentRecorder], small
     assert "MiB free" in str(recorder.last_error)
     other.unlink()
     frames_before = recorder.counters()["frames"]
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + PATIENCE_S
     while recorder.counters()["frames"] < frames_before + 15:
         assert time.monotonic() < deadline_s
         play(1)
@@ -395,7 +388,7 @@ def play(start, count):
 unlimited = resource.RLIM_INFINITY
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, unlimited))
 play(0, 11)
-while not recorder.counters()["failures"]:
+while recorder.last_error is None:
     time.sleep(0.01)
 assert "is not whole" in recorder.last_error, recorder.last_error
 resource.setrlimit(resource.RLIMIT_FSIZE, (unlimited, unlimited))
@@ -406,7 +399,7 @@ assert recorder.last_error is None
 print(recorder.counters())
 """
     result = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=PATIENCE_S
     )
     assert result.returncode == 0, result.stderr
     (kept,) = tmp_path.glob("[!.]*.mp4")
@@ -437,9 +430,7 @@ for index in range(10_000):
 """
     app = subprocess.Popen([sys.executable, "-c", script])
     try:
-        eventually(
-            lambda: len(segments(folder)) >= 2 and len(list(folder.glob(".*.partial.mp4"))) == 2, timeout_s=30
-        )
+        eventually(lambda: len(segments(folder)) >= 2 and len(list(folder.glob(".*.partial.mp4"))) == 2)
         with pytest.raises(UsageError, match=r"already being recorded to .* as 'a'; give 'a' another name"):
             record(name="a")
         live = record(name="c")  # does not take what the others are writing for left behind
@@ -447,7 +438,7 @@ for index in range(10_000):
         eventually(lambda: len(list(folder.glob(".*.partial.mp4"))) == 2)
     finally:
         app.send_signal(signal.SIGKILL)
-        app.wait(10)
+        app.wait(PATIENCE_S)
     left_behind = list(folder.glob(".*.partial.mp4"))
     assert left_behind
     mine = folder / ".holiday.partial.mp4"

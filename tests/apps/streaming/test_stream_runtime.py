@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from waiting import PATIENCE_S, SLACK_S, eventually
 
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.predictions import Prediction
@@ -231,8 +232,11 @@ def test_time_limit_and_pace(parts, list_source, fake_runner) -> None:
             pace_fps=50,
             max_seconds=0.5,
         )
+        started = time.monotonic()
         assert stream.run() == TIME_LIMIT
-    assert 5 <= len(stream.predictions) <= 26  # 25 and the first; fewer on a busy machine
+        seconds = time.monotonic() - started
+    assert 0.5 <= seconds < 0.5 + SLACK_S
+    assert 1 <= len(stream.predictions) <= 50 * seconds + 1  # fewer on a busy machine
     assert stream.balanced()
 
 
@@ -289,8 +293,8 @@ def test_an_error_in_any_stage_ends_the_run(stage: str, policy: str, parts, list
         with pytest.raises(expected[0], match=expected[1]) as caught:
             stream.run()
         assert caught.value.exit_code == expected[2]
-        assert time.monotonic() - started < 5
-    assert no_stream_threads()
+        assert time.monotonic() - started < SLACK_S  # and not the 20 s that the source would last
+    eventually(no_stream_threads)
 
 
 def test_an_engine_that_times_out_by_itself_is_not_waited_for(parts, list_source, fake_runner) -> None:
@@ -311,7 +315,7 @@ def test_nan_scores_end_the_run(parts, list_source, fake_runner) -> None:
 
 def test_an_engine_that_never_answers_is_a_device_fault(parts, list_source, fake_runner) -> None:
     release = threading.Event()
-    runner = fake_runner(lambda pixels: (release.wait(20), mean_color(pixels))[1])
+    runner = fake_runner(lambda pixels: (release.wait(PATIENCE_S), mean_color(pixels))[1])
     stream = Stream(parts, list_source([picture()] * 5), runner, engine_stall_s=0.3)
     with pytest.raises(DeviceFaultError, match="engine has not answered"):
         stream.run()

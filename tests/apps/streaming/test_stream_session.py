@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from waiting import PATIENCE_S, SLACK_S, eventually
 
 from apps.streaming import session
 from apps.streaming.config import RecordConfig, SourceConfig, StreamConfig
@@ -114,14 +115,17 @@ def test_a_video_is_classified_logged_and_recorded(
 def test_newest_plays_a_file_at_its_own_rate(
     bundle: Path, video: Path, tmp_path: Path, run_stream: Callable[..., StreamSummary]
 ) -> None:
+    log = tmp_path / "out.jsonl"
     summary = run_stream(
-        bundle, str(video), headless=True, policy="newest", record=tmp_path / "out.mp4", max_seconds=10
+        bundle, str(video), policy="newest", record=tmp_path / "out.mp4", predictions=log, max_seconds=60
     )
     assert summary.ended == "end of source"
-    assert 1.1 < summary.seconds < 3  # 30 frames at 25 a second
+    assert 1.1 < summary.seconds < 1.2 + SLACK_S  # 30 frames at 25 a second
     assert summary.frames_read == summary.frames_inferred + sum(summary.dropped.values()) == 30
+    times_ns = [json.loads(line)["timestamp_ns"] for line in log.read_text().splitlines()]
     played = cv2.VideoCapture(str(tmp_path / "out.mp4"))
-    assert abs(played.get(cv2.CAP_PROP_FRAME_COUNT) - 30) <= 2  # dropped frames do not speed it up
+    # As long as it was: dropped frames do not speed it up.
+    assert abs(played.get(cv2.CAP_PROP_FRAME_COUNT) - 25 * (times_ns[-1] - times_ns[0]) / 1e9 - 1) <= 1
 
 
 def test_the_live_synthetic_camera_ends_by_its_limits(
@@ -129,7 +133,7 @@ def test_the_live_synthetic_camera_ends_by_its_limits(
 ) -> None:
     summary = run_stream(bundle, "synthetic:5", headless=True, max_seconds=0.6, fps=20)
     assert (summary.policy, summary.ended) == ("newest", "time limit")
-    assert summary.frames_inferred <= 13  # 12 and the first; fewer on a busy machine
+    assert 1 <= summary.frames_inferred <= 20 * summary.seconds + 1  # fewer on a busy machine
     summary = run_stream(bundle, "synthetic:5", headless=True, max_frames=3)
     assert (summary.frames_inferred, summary.ended) == (3, "frame limit")
 
@@ -376,18 +380,15 @@ class Running:
         return self
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
-        deadline_s = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline_s
-            assert self._thread.is_alive()
-            time.sleep(0.01)
+        eventually(lambda: condition() or not self._thread.is_alive())
+        assert self._thread.is_alive()
 
     def n_lines(self, log: Path) -> int:
         return log.read_text().count("\n") if log.exists() else 0
 
     def __exit__(self, *_: object) -> None:
         self.session._runtime.request_stop("test")
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
 
 
 def test_a_link_to_another_bundle_is_reloaded_and_a_bad_one_is_refused(
@@ -436,7 +437,7 @@ def test_a_link_to_another_bundle_is_reloaded_and_a_bad_one_is_refused(
 
 def test_sighup_reloads(bundle: Path, open_feed: Any) -> None:
     before = signal.getsignal(signal.SIGHUP)
-    config = StreamConfig(bundle, sources("synthetic:4"), headless=True, max_seconds=20)
+    config = StreamConfig(bundle, sources("synthetic:4"), headless=True, max_seconds=PATIENCE_S)
     streaming = StreamSession(config, open_feed=open_feed)
 
     def hang_up_then_stop() -> None:
@@ -450,6 +451,6 @@ def test_sighup_reloads(bundle: Path, open_feed: Any) -> None:
     helper = threading.Thread(target=hang_up_then_stop, daemon=True)
     helper.start()
     summary = streaming.run()
-    helper.join(5)
+    helper.join(PATIENCE_S)
     assert (summary.ended, summary.reloads) == ("done", 1)
     assert signal.getsignal(signal.SIGHUP) is before

@@ -15,6 +15,7 @@ from urllib.parse import quote
 import pytest
 import rtsp_server
 from live_app import LiveApp
+from ports import reserved_port
 
 from benchmarks.mjpeg_camera import MjpegCamera
 
@@ -85,9 +86,7 @@ def test_refusals_are_told_apart_and_show_no_password(
         refusing, absent = (
             stack.enter_context(rtsp_that_answers(status)) for status in ("401 Unauthorized", "404 Not Found")
         )
-        closed = socket.create_server(("127.0.0.1", 0))
-        broker_port = closed.getsockname()[1]
-        closed.close()
+        broker_port = stack.enter_context(reserved_port())
         uris = {
             f"rtsp://127.0.0.1:{refusing}/stream": "401",
             f"rtsp://127.0.0.1:{absent}/stream": "404",
