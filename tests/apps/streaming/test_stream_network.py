@@ -20,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import rtsp_server
+from gstreamer import needs_rtsp
 from ports import reserved_port
 from waiting import SLACK_S
 
@@ -27,8 +28,6 @@ from apps.streaming.sources import ModelClasses, Source, open_source, parse_sour
 from pipeline.errors import SourceLostError, UsageError
 
 ANT = ModelClasses(("ant",), 1)
-
-needs_rtsp = pytest.mark.skipif(rtsp_server.missing() is not None, reason=str(rtsp_server.missing()))
 
 
 def refused(uri: str) -> SourceLostError:

@@ -145,6 +145,7 @@ def test_every_holds_back_the_source_instead_of_dropping(parts, list_source, fak
     assert max(ahead) < 12  # the queues' sizes, not the source's length
 
 
+@pytest.mark.keeps_time
 def test_newest_drops_and_stays_fresh_when_the_engine_is_slow(parts, list_source, fake_runner) -> None:
     engine_s, period_s = 0.04, 0.004
     source = list_source([picture()] * 150, live=True, before_read=lambda _: time.sleep(period_s))
@@ -161,6 +162,7 @@ def test_newest_drops_and_stays_fresh_when_the_engine_is_slow(parts, list_source
     assert indices == sorted(indices)
 
 
+@pytest.mark.keeps_time
 def test_slow_output_under_newest_stays_bounded(parts, list_source, fake_runner) -> None:
     source = list_source([picture()] * 100, live=True, before_read=lambda _: time.sleep(0.004))
     with fake_runner(mean_color) as runner:
@@ -172,6 +174,7 @@ def test_slow_output_under_newest_stays_bounded(parts, list_source, fake_runner)
     assert stream.balanced()
 
 
+@pytest.mark.keeps_time
 def test_stages_overlap(parts, list_source, fake_runner) -> None:
     """Capture, preprocessing, inference and output of 20 ms each: 80 ms in sequence, 20 overlapped."""
 
@@ -186,6 +189,7 @@ def test_stages_overlap(parts, list_source, fake_runner) -> None:
     assert time.monotonic() - started < 20 * 0.08 * 0.6
 
 
+@pytest.mark.keeps_time
 def test_infer_time_excludes_the_wait_for_the_engine(parts, list_source, fake_runner) -> None:
     with fake_runner(lambda pixels: (time.sleep(0.02), mean_color(pixels))[1]) as runner:
         stream = Stream(parts, list_source([picture()] * 12), runner)
@@ -324,6 +328,7 @@ def test_an_engine_that_never_answers_is_a_device_fault(parts, list_source, fake
     runner.close()
 
 
+@pytest.mark.keeps_time
 def test_several_engine_streams_run_side_by_side(parts, list_source, fake_runner) -> None:
     with fake_runner(lambda pixels: (time.sleep(0.03), mean_color(pixels))[1], n_streams=3) as runner:
         stream = Stream(parts, list_source([picture()] * 24, labels=[2] * 24), runner)

@@ -62,6 +62,7 @@ def every(seconds: float) -> Callable[[int], None]:
     return lambda index: time.sleep(seconds)
 
 
+@pytest.mark.keeps_time
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_eight_feeds_get_a_fair_share_of_an_engine_too_slow_for_all(
     max_batch: int, feeds_of, slot_around, list_source, fake_runner
@@ -79,6 +80,7 @@ def test_eight_feeds_get_a_fair_share_of_an_engine_too_slow_for_all(
     assert counts == pytest.approx([40] * 8, rel=FAIR_SHARE_RTOL)
 
 
+@pytest.mark.keeps_time
 def test_a_feed_with_nothing_waiting_gives_its_turn_away(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
@@ -124,6 +126,7 @@ def test_a_batch_gathers_across_feeds_and_keeps_answers_apart(
     assert runtime.batched_frames / runtime.batches > 2.5
 
 
+@pytest.mark.keeps_time
 def test_the_first_frame_of_a_batch_does_not_wait_past_its_limit(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
@@ -137,6 +140,7 @@ def test_the_first_frame_of_a_batch_does_not_wait_past_its_limit(
     assert 25 <= age.p50_ms < 90  # the 30 ms that it waited for company, not the 100 ms until the next frame
 
 
+@pytest.mark.keeps_time
 def test_frames_past_the_budget_are_dropped_and_never_shown(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
@@ -157,6 +161,7 @@ def test_frames_past_the_budget_are_dropped_and_never_shown(
     assert max(shown_ms) < 100 + 400
 
 
+@pytest.mark.keeps_time
 def test_an_engine_slower_than_the_budget_shows_nothing_and_is_still_asked(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:

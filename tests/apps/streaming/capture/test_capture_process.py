@@ -52,6 +52,7 @@ def test_a_frame_is_shared_memory_which_its_holder_can_only_read(scripted: Calla
     captured.release()
 
 
+@pytest.mark.keeps_time
 def test_every_waits_for_a_slot_and_is_not_taken_for_silent(scripted: Callable[..., Any]) -> None:
     source = scripted(["fast"] * 20, live=False, stall_s=0.3, degraded_s=0.1).start()
     held = [source.next() for _ in range(8)]
@@ -80,6 +81,7 @@ def test_newest_keeps_one_and_counts_the_others(scripted: Callable[..., Any]) ->
     assert "no free buffer" not in source.metrics.snapshot().dropped
 
 
+@pytest.mark.keeps_time
 def test_a_camera_is_read_on_while_all_buffers_are_held(scripted: Callable[..., Any]) -> None:
     source = scripted(FOREVER).start()
     held: list[Any] = []
@@ -103,6 +105,7 @@ def test_a_camera_is_read_on_while_all_buffers_are_held(scripted: Callable[..., 
     source.books()
 
 
+@pytest.mark.keeps_time
 def test_a_killed_capture_comes_back_and_its_neighbour_notices_nothing(scripted: Callable[..., Any]) -> None:
     victim, neighbour = scripted(FOREVER).start(), scripted(FOREVER).start()
     victim.until(lambda: victim.taken)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-import pytest
 import rtsp_server
+from gstreamer import needs_rtsp
 from live_app import LiveApp
 from ports import reserved_port
 
@@ -30,8 +30,6 @@ backoff_s = [0.1, 0.5]
 restart_budget = 100000
 lost_retry_s = 0.5
 """
-
-needs_rtsp = pytest.mark.skipif(rtsp_server.missing() is not None, reason=str(rtsp_server.missing()))
 
 
 @contextlib.contextmanager
