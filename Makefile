@@ -20,11 +20,12 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/edgefold demo --out out/demo
 
-# Those that keep time by themselves, since a busy neighbour would spoil it; the others side by side.
+# Those that keep time by themselves, since a busy neighbour would spoil it; the others side by side, file by file in
+# the order of the folders: the files of few long tests must not come last.
 FAST := not slow and not gpu and not network and not gstreamer and not soak
 test: $(INSTALLED)
-	$(BIN)/pytest -m "keeps_time and $(FAST)" tests/apps
-	$(BIN)/pytest -m "not keeps_time and $(FAST)" -n auto --dist loadfile
+	$(BIN)/pytest -m "keeps_time and $(FAST)" tests/apps/streaming
+	$(BIN)/pytest -m "not keeps_time and $(FAST)" -n auto --dist loadfile --no-loadscope-reorder
 
 # What meets GStreamer: Debian's OpenCV, and its RTSP server. Nothing is skipped: what is missing is a failure, and the
 # last line says how many ran.

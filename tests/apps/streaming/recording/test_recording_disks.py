@@ -14,7 +14,8 @@ from types import SimpleNamespace
 
 import pytest
 from recorded import PREDICTION, frame, n_frames, noise, picture, segments
-from waiting import PATIENCE_S, eventually
+from small_disk import fill
+from waiting import PATIENCE_S, SLACK_S, eventually
 
 from apps.streaming import recording
 from apps.streaming import segments as segments_module
@@ -122,6 +123,27 @@ def test_a_disk_that_hangs_holds_up_a_file_once_and_not_for_every_frame(
     recorder.close()
 
 
+def test_recorders_on_a_disk_that_hangs_are_waited_for_together(
+    record: Callable[..., SegmentRecorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "_CLOSE_S", 1.0)
+    release = threading.Event()
+    monkeypatch.setattr(Recorder, "write", lambda *_: release.wait(PATIENCE_S))
+    recorders = [record(name=f"cam{index}") for index in range(20)]
+    for recorder in recorders:
+        recorder.write(frame(0.0), PREDICTION, picture())
+    started_s = time.monotonic()
+    for recorder in recorders:
+        recorder.stop()
+    for recorder in recorders:
+        recorder.write(frame(0.1), PREDICTION, picture())  # too late: counted, not queued
+        assert recorder.counters()["dropped"] == 1
+        with pytest.raises(EdgefoldError, match="the disk does not answer"):
+            recorder.close()
+    assert 1.0 <= time.monotonic() - started_s < 1.0 + SLACK_S  # one after the other, it would be 20
+    release.set()
+
+
 def test_a_full_disk_pauses_and_goes_on(
     record: Callable[..., SegmentRecorder],
     tmp_path: Path,
@@ -159,10 +181,10 @@ def test_a_full_disk_pauses_and_goes_on(
     assert sum(" goes on: " in message for message in said) == 1
 
 
-def test_a_real_disk_that_fills_up(record: Callable[..., SegmentRecorder], small_disk: Path) -> None:
+def test_a_real_disk_that_fills_up(record: Callable[..., SegmentRecorder], disk: Path) -> None:
     """A quota that the disk does not have: the oldest go at the reserve, and the recording never pauses.
     Then something else takes the disk: it pauses, and goes on once there is room."""
-    recorder = record(path=small_disk / "rec", quota_mb=1000.0, reserve_bytes=24 << 20)
+    recorder = record(path=disk / "rec", quota_mb=1000.0, reserve_bytes=24 << 20)
     pixels = noise((480, 640))
 
     n_played = 0
@@ -181,9 +203,8 @@ def test_a_real_disk_that_fills_up(record: Callable[..., SegmentRecorder], small
     counters = recorder.counters()
     assert counters["failures"] == 0
     assert counters["deleted"] >= 3
-    assert os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize > 20 << 20
-    other = small_disk / "other"
-    other.write_bytes(bytes((os.statvfs(small_disk).f_bavail - 1) * os.statvfs(small_disk).f_frsize))
+    assert os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize > 20 << 20
+    other = fill(disk)
     play(20)
     eventually(lambda: recorder.last_error is not None)
     assert "MiB free" in str(recorder.last_error)
@@ -194,10 +215,10 @@ def test_a_real_disk_that_fills_up(record: Callable[..., SegmentRecorder], small
         assert time.monotonic() < deadline_s
         play(1)
     recorder.close()
-    whole = list((small_disk / "rec").glob("[!.]*.mp4"))
+    whole = list((disk / "rec").glob("[!.]*.mp4"))
     assert whole
     assert all(n_frames(path) > 0 for path in whole)
-    assert not list((small_disk / "rec").glob(".*.partial.mp4"))
+    assert not list((disk / "rec").glob(".*.partial.mp4"))
 
 
 def test_a_segment_that_could_not_be_written_is_removed_and_the_next_is_tried(tmp_path: Path) -> None:
