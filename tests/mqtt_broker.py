@@ -23,14 +23,8 @@ paho = pytest.importorskip(
 
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
-
-
 needs_broker = pytest.mark.skipif(MOSQUITTO is None, reason="mosquitto is missing: apt install mosquitto")
-
-
 SECRET = "p@ss/w:rd%"
-
-
 SAVES_AT_ONCE = "autosave_on_changes true\nautosave_interval 1\n"
 
 

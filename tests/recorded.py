@@ -14,11 +14,7 @@ from apps.streaming.predictions import Prediction, RankedClass
 from pipeline.artifacts import Frame
 
 ANCHOR = UtcAnchor(monotonic_ns=0, utc_ns=1_795_608_000 * 10**9)  # 2026-11-25T12:00:00Z
-
-
 PREDICTION = Prediction("cam", 0, 0, (RankedClass(0, "stop", 0.5),), None)
-
-
 HW = (96, 128)
 
 

@@ -18,14 +18,8 @@ from pipeline.validation_crops import View
 from pipeline.validation_result import AssumedPart, Flip, ValidationResult
 
 SHA = "ab" * 32
-
-
 SPEC = PreprocessSpec(input_hw=(4, 4), resize="none")
-
-
 LABELS = ("ant", "<script>bee</script>", "cost $x_{ & 日本")
-
-
 VOID = {"meta", "link", "img", "br"}
 
 
