@@ -113,15 +113,19 @@ def test_every_frame_is_inferred_in_order(parts, list_source, fake_runner) -> No
     assert {latency.count for latency in state.latency.values()} == {35}
 
 
+def n_futures() -> int:
+    return sum(issubclass(type(thing), Future) for thing in gc.get_objects())
+
+
 def test_answered_requests_leave_nothing_for_the_collector(parts, list_source, fake_runner) -> None:
     """A cycle would keep each frame, and the memory it lies in, until a full collection minutes later."""
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(thing, Future) for thing in gc.get_objects())
+        before = n_futures()
         with fake_runner(mean_color) as runner:
             Stream(parts, list_source([picture()] * 60), runner).run()
-        left = sum(isinstance(thing, Future) for thing in gc.get_objects()) - before
+        left = n_futures() - before
     finally:
         gc.enable()
     assert left <= 3  # the last, still in the hands of a thread

@@ -27,7 +27,8 @@ backoff_s = [0.1, 0.5]
 restart_budget = 100000
 lost_retry_s = 0.5
 """
-"""Patient enough for a machine that is busy elsewhere: a camera that is well is never taken for silent."""
+"""Patient enough for a machine that is busy elsewhere: a camera that is well is never taken for silent. The sources'
+own time-outs are longer, so that it is the watchdog that ends a stall."""
 
 
 if sys.platform != "linux":  # capture processes need it
@@ -68,11 +69,11 @@ max_age_ms = 5000
 {LIMITS}
 [[source]]
 name = "gate"
-uri = "{gate.url}"
+uri = "{gate.url}#timeout=30"
 
 [[source]]
 name = "yard"
-uri = "{yard.url}"
+uri = "{yard.url}#timeout=30"
 """
     try:
         with live_app(folder, config) as app:
