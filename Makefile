@@ -1,11 +1,11 @@
 # make demo   the main job: PyTorch -> INT8 engine -> accuracy drop -> ten seconds of stream -> report.html
-# make test   the tests
+# make test   the tests; test-gstreamer and test-soak have the rest of what .ci/run runs
 # make check  format, lint, types, layers: what .ci/run runs besides the tests
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-slow test-finish tensorrt-matrix check format docs clean
+.PHONY: help demo test test-gstreamer test-soak test-slow test-finish test-modelopt tensorrt-matrix check format docs clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -20,12 +20,21 @@ $(INSTALLED): pyproject.toml
 demo: $(INSTALLED)
 	$(BIN)/edgefold demo --out out/demo
 
-# The streams first and by themselves: they keep time, which a busy neighbour would spoil.
-FAST := -m "not slow and not gpu and not network"
-STREAMS := tests/apps/streaming tests/apps/test_stream.py
+# Those that keep time by themselves, since a busy neighbour would spoil it; the others side by side, file by file in
+# the order of the folders: the files of few long tests must not come last.
+FAST := not slow and not gpu and not network and not gstreamer and not soak
 test: $(INSTALLED)
-	$(BIN)/pytest $(FAST) $(STREAMS)
-	$(BIN)/pytest $(FAST) -n auto --dist loadfile $(STREAMS:%=--ignore=%)
+	$(BIN)/pytest -m "keeps_time and $(FAST)" tests/apps/streaming
+	$(BIN)/pytest -m "not keeps_time and $(FAST)" -n auto --dist loadfile --no-loadscope-reorder
+
+# What meets GStreamer: Debian's OpenCV, and its RTSP server. Nothing is skipped: what is missing is a failure, and the
+# last line says how many ran.
+test-gstreamer: $(INSTALLED)
+	$(BIN)/pytest -m gstreamer --skips-fail -v tests/apps/streaming
+
+# The stream for a minute with a fault every second or two, each of which it must survive and count.
+test-soak: $(INSTALLED)
+	$(BIN)/pytest -m soak --skips-fail tests/apps/streaming
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow"
@@ -33,6 +42,10 @@ test-slow: $(INSTALLED)
 # A bundle for a GPU finished by the run-time install alone.
 test-finish: $(INSTALLED)
 	.ci/finish-without-torch
+
+# NVIDIA Model Optimizer itself as the calibrator, in an environment of its own.
+test-modelopt: $(INSTALLED)
+	.ci/test-modelopt
 
 # Every network, precision and compute capability through TensorRT-RTX's parser and compiler: half an hour, no GPU.
 tensorrt-matrix: $(INSTALLED)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from waiting import PATIENCE_S
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 _START_S = 20.0
@@ -67,7 +68,7 @@ class Browser:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    async def until(self, expression: str, timeout_s: float = 10.0) -> Any:
+    async def until(self, expression: str, timeout_s: float = PATIENCE_S) -> Any:
         """Waits for an expression to be true, and returns its value."""
         deadline_s = asyncio.get_running_loop().time() + timeout_s
         while not (value := await self.evaluate(expression)):
@@ -117,9 +118,8 @@ async def browser(profile: Path) -> AsyncIterator[Browser]:
     try:
         port = await _debugging_port(profile / "DevToolsActivePort", process)
         async with aiohttp.ClientSession() as session:
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
-                (target,) = [each for each in await answer.json() if each["type"] == "page"]
-            async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+            address = await _page_address(session, port)
+            async with session.ws_connect(address, max_msg_size=0) as socket:
                 tab = Browser(socket)
                 for domain in ("Page", "Runtime", "Log"):
                     await tab.call(f"{domain}.enable")
@@ -127,7 +127,18 @@ async def browser(profile: Path) -> AsyncIterator[Browser]:
                 await tab.close()
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(PATIENCE_S)
+
+
+async def _page_address(session: aiohttp.ClientSession, port: int) -> str:
+    """Of the first tab, which may come a moment after the port."""
+    for _ in range(round(_START_S / _POLL_S)):
+        async with session.get(f"http://127.0.0.1:{port}/json/list") as answer:
+            for target in await answer.json():
+                if target["type"] == "page":
+                    return str(target["webSocketDebuggerUrl"])
+        await asyncio.sleep(_POLL_S)
+    raise RuntimeError(f"Chromium has opened no tab within {_START_S:g} s")
 
 
 async def _debugging_port(file: Path, process: subprocess.Popen[bytes]) -> int:

@@ -12,22 +12,23 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["COMMAND", "LiveApp", "environment", "free_port", "live_app"]
+from ports import reserved_port
+from waiting import PATIENCE_S
+
+__all__ = ["COMMAND", "LiveApp", "environment", "live_app"]
 
 COMMAND = (sys.executable, "-c", "from apps.cli import main; main()", "stream")
-_PATIENCE_S = 60.0
-"""For what takes a second or two on a machine of its own."""
 _POLL_S = 0.05
 
 
@@ -35,11 +36,6 @@ def environment(folder: Path, **more: str) -> dict[str, str]:
     """Without a display, and with a cache of its own."""
     kept = {key: value for key, value in os.environ.items() if key not in ("DISPLAY", "WAYLAND_DISPLAY")}
     return {**kept, "EDGEFOLD_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "2", **more}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -88,7 +84,7 @@ class LiveApp:
                 total += float(found[2])
         return total
 
-    def until(self, condition: Callable[[], Any], seconds: float = _PATIENCE_S) -> None:
+    def until(self, condition: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
         """Waits for something to become so; fails when the app ends, or it does not."""
         deadline_s = time.monotonic() + seconds
         while not condition():
@@ -122,7 +118,7 @@ class LiveApp:
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, dict[str, Any]]:
         """Exit status, and the summary that it printed."""
         self.process.send_signal(number)
-        status = self.process.wait(_PATIENCE_S)
+        status = self.process.wait(PATIENCE_S)
         printed = self.out.read_text()
         return status, json.loads(printed) if printed.strip() else {}
 
@@ -132,7 +128,6 @@ def live_app(
     folder: Path,
     config: str,
     *,
-    port: int = 0,
     program: str | None = None,
     wait_for_page: bool = True,
     variables: Mapping[str, str] = {},
@@ -142,12 +137,22 @@ def live_app(
     Args:
         folder: for its files.
         config: TOML without ``[serve]``.
-        port: of the page; a free one if not given.
         program: Python that runs in the place of the command's own entry point.
         wait_for_page: until the page answers.
         variables: of the environment, besides the caller's.
     """
-    port = port or free_port()
+    with ExitStack() as stack:
+        app = _start(folder, config, stack.enter_context(reserved_port()), program, variables)
+        stack.callback(app.process.wait)
+        stack.callback(app.process.kill)
+        if wait_for_page:
+            app.until(lambda: app.get("/healthz")[0] == 200)
+        yield app
+
+
+def _start(
+    folder: Path, config: str, port: int, program: str | None, variables: Mapping[str, str]
+) -> LiveApp:
     path = folder / "cameras.toml"
     path.write_text(f"{config}\n[serve]\nport = {port}\nmax_clients = 4\n")
     command = [*COMMAND] if program is None else [sys.executable, "-c", program, "stream"]
@@ -159,11 +164,4 @@ def live_app(
             stderr=errors,
             env=environment(folder, **variables),
         )
-    app = LiveApp(process, port, log, out)
-    try:
-        if wait_for_page:
-            app.until(lambda: app.get("/healthz")[0] == 200)
-        yield app
-    finally:
-        process.kill()
-        process.wait()
+    return LiveApp(process, port, log, out)

@@ -27,6 +27,7 @@ from pipeline.metrics import probabilities
 
 if TYPE_CHECKING:
     from apps.streaming.events import EventTracker
+    from apps.streaming.recording import SegmentRecorder
 
 __all__ = ["SourceOutput"]
 
@@ -69,6 +70,7 @@ class SourceOutput:
         self._silence_s = silence_s
         self._sinks: list[Sink] = [sink for sink in (predictions, window) if sink is not None]
         self._owned: list[Sink] = [] if window is None else [window]
+        self._segments: SegmentRecorder | None = None
         self._painter: OverlayPainter | None = None
         self._tracker: EventTracker | None = None
         self._labels: tuple[str, ...] = ()
@@ -111,6 +113,11 @@ class SourceOutput:
             self._publish(self._tracker.tick(time.monotonic_ns()))
             self.present = tuple(self._tracker.present)
 
+    def stop(self) -> None:
+        """Begins to complete the recording, so that those of all sources are completed at the same time."""
+        if self._segments is not None:
+            self._segments.stop()
+
     def close(self) -> None:
         """Completes the recording, closes the window, and lets every label leave; twice is harmless."""
         with ExitStack() as stack:
@@ -148,9 +155,10 @@ class SourceOutput:
         if record.path.suffix:
             sink = Recorder(record.path, fps, by_time)
         else:
-            from apps.streaming.recording import open_recording
+            from apps.streaming.recording import SegmentRecorder, open_recording
 
             sink = open_recording(record, fps, by_time, feed.source_id)
+            self._segments = sink if isinstance(sink, SegmentRecorder) else None
         self._sinks.append(sink)
         self._owned.append(sink)
         self._record = None

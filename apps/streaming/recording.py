@@ -123,6 +123,7 @@ class SegmentRecorder:
         self._paused_until_s = 0.0
         self._pause_s = _PAUSE_S[0]
         self._closed = False
+        self._due_s: float | None = None
         self._unfinished: str | None = None
         self._counts = dict.fromkeys(("segments", "frames", "dropped", "paused", "failures", "deleted"), 0)
         self.last_error: str | None = None
@@ -151,6 +152,13 @@ class SegmentRecorder:
         those that came while recording was paused, ``failures`` that paused it, segments ``deleted``."""
         return dict(self._counts)
 
+    def stop(self) -> None:
+        """Takes no more pictures and begins to complete the last segment, for which `close` waits. Recorders
+        that are stopped first and closed then have their three seconds together, not one after the other."""
+        if self._due_s is None:
+            self._due_s = time.monotonic() + _CLOSE_S
+            self._queue.close()
+
     def close(self) -> None:
         """Records what is queued and completes the last segment; twice is harmless.
 
@@ -160,8 +168,9 @@ class SegmentRecorder:
         if self._closed:
             return
         self._closed = True
-        self._queue.close()
-        self._thread.join(_CLOSE_S)
+        self.stop()
+        assert self._due_s is not None
+        self._thread.join(max(0.0, self._due_s - time.monotonic()))
         if self._thread.is_alive():
             raise EdgefoldError(
                 f"the last segment of {self._source} in {self._folder.path} was not completed within "

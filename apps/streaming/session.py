@@ -412,10 +412,13 @@ def _check(config: StreamConfig) -> None:
 
 @contextmanager
 def _closing(outputs: Sequence[SourceOutput]) -> Iterator[None]:
-    """Closes all outputs, after an error too: what was recorded up to then is kept, and playable."""
+    """Closes all outputs, after an error too: what was recorded up to then is kept, and playable. All are
+    stopped before the first is closed, since a disk that hangs is waited for."""
     with ExitStack() as stack:
         for output in outputs:
             stack.callback(output.close)
+        for output in outputs:
+            stack.callback(output.stop)
         yield
 
 

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import cv2
 import pytest
+from waiting import PATIENCE_S, SLACK_S
 
 from apps.cli import main
 
@@ -49,7 +50,7 @@ def run(tmp_path: Path, *arguments: object, **options: object) -> subprocess.Com
         [*EDGEFOLD, *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=2 * PATIENCE_S,
         check=False,
         env=environment(tmp_path),
         **options,  # type: ignore[call-overload]
@@ -67,7 +68,9 @@ def start(tmp_path: Path, *arguments: object, program: str | None = None) -> sub
     )
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 40) -> None:
+def wait_for(
+    condition: Callable[[], bool], process: subprocess.Popen[str], seconds: float = PATIENCE_S
+) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         if process.poll() is not None or time.monotonic() > deadline:
@@ -114,10 +117,8 @@ def test_a_signal_ends_cleanly_and_the_recording_plays(
         tmp_path, bundle, "--source", "synthetic:3", "--record", record, "--predictions", log, "--json"
     )
     wait_for(lambda: n_lines(log) >= 10, process)
-    sent = time.monotonic()
     process.send_signal(number)
-    stdout, stderr = process.communicate(timeout=20)
-    assert time.monotonic() - sent < 5
+    stdout, stderr = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, stderr
     summary = json.loads(stdout)
     assert summary["ended"] == number.name
@@ -147,9 +148,9 @@ main()
     assert process.poll() is None
     sent = time.monotonic()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 128 + signal.SIGTERM
-    assert time.monotonic() - sent < 2
+    assert time.monotonic() - sent < 2 + SLACK_S  # and not 30
 
 
 def test_a_kill_leaves_the_earlier_recording(bundle: Path, tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_a_kill_leaves_the_earlier_recording(bundle: Path, tmp_path: Path) -> No
     process = start(tmp_path, *arguments)
     wait_for(lambda: n_lines(log) >= 5, process)
     process.kill()
-    process.communicate(timeout=20)
+    process.communicate(timeout=PATIENCE_S)
     assert record.read_bytes() == b"earlier"
     result = run(tmp_path, *arguments, "--max-frames", "20")  # and the next run cleans up
     assert result.returncode == 0, result.stderr
@@ -230,4 +231,4 @@ print(sorted({{"torch", "matplotlib", "torchvision", "timm", "onnxruntime", "sci
     )
     seconds, loaded = result.stdout.splitlines()
     assert loaded == "[]"
-    assert float(seconds) < 1.5
+    assert float(seconds) < 3.0  # with PyTorch it is more; processor time doubles where two share a core

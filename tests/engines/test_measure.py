@@ -38,7 +38,7 @@ class SleepingRunner:
 def test_latency_is_the_time_of_a_request():
     timing = time_infer(SleepingRunner(0.01), make_inputs(SleepingRunner.inputs, 1), seconds=0.3)
     assert 10 <= timing.p50_ms <= timing.p95_ms <= timing.p99_ms
-    assert timing.p50_ms < 30
+    assert timing.p50_ms < 10 + 90  # in seconds it would be 0.01, and with the runs added up 300
     assert timing.images_per_s <= 100
     assert timing.n_runs >= 5
 
@@ -55,7 +55,7 @@ def test_batch_counts_as_images():
     inputs = {"input": np.zeros((8, 4, 4, 3), np.uint8)}
     timing = time_infer(SleepingRunner(0.01), inputs, seconds=0.1)
     assert timing.batch == 8
-    assert 200 < timing.images_per_s <= 800
+    assert 100 < timing.images_per_s <= 800  # counting requests, it would be 100 at most
 
 
 def test_make_inputs():

@@ -141,7 +141,7 @@ def test_the_load_and_memory_of_this_process_and_its_children() -> None:
         assert during.memory_used_bytes - before.memory_used_bytes >= 60 << 20
         assert during.cpu_percent is not None
         # The child turns all the time; on a busy machine it gets a part of a core.
-        assert 10.0 <= during.cpu_percent <= 120.0 * (os.cpu_count() or 1)
+        assert 2.0 <= during.cpu_percent <= 120.0 * (os.cpu_count() or 1)
     finally:
         child.kill()
         child.communicate()
@@ -157,14 +157,14 @@ def test_the_counted_time_is_that_of_proc(tmp_path: Path) -> None:
     fields = ["S", "1", *["0"] * 9, "{user}", "{system}", *["0"] * 30]
     line = f"{pid} (a b) (c) " + " ".join(fields) + "\n"
     reader = DeviceReader(tree(tmp_path, {f"proc/{pid}/stat": line.format(user=100, system=50)}))
-    reader.read()
     began = time.monotonic()
+    reader.read()
     time.sleep(0.2)
     tree(tmp_path, {f"proc/{pid}/stat": line.format(user=100 + ticks // 10, system=50 + ticks // 10)})
     found = reader.read().cpu_percent
     elapsed_s = time.monotonic() - began
     assert found is not None
-    assert 0.9 * 20.0 / elapsed_s <= found <= 20.0 / 0.2
+    assert 20.0 / elapsed_s <= found <= 20.0 / 0.2
 
 
 def test_reading_this_machine_never_fails() -> None:

@@ -20,14 +20,14 @@ import cv2
 import numpy as np
 import pytest
 import rtsp_server
+from gstreamer import needs_rtsp
+from ports import reserved_port
+from waiting import SLACK_S
 
 from apps.streaming.sources import ModelClasses, Source, open_source, parse_source
 from pipeline.errors import SourceLostError, UsageError
 
 ANT = ModelClasses(("ant",), 1)
-SLACK_S = 3.0  # on a machine that does other things too
-
-needs_rtsp = pytest.mark.skipif(rtsp_server.missing() is not None, reason=str(rtsp_server.missing()))
 
 
 def refused(uri: str) -> SourceLostError:
@@ -176,11 +176,10 @@ def test_rtsp_answers(reply: bytes, message: str, retry: str) -> None:
 
 
 def test_nobody_listens_and_nobody_knows_the_name() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    for scheme in ("rtsp", "http"):
-        error = refused(f"{scheme}://127.0.0.1:{port}/s")
-        assert (error.retry, "nothing listens there" in str(error)) == ("soon", True)
+    with reserved_port() as port:
+        for scheme in ("rtsp", "http"):
+            error = refused(f"{scheme}://127.0.0.1:{port}/s")
+            assert (error.retry, "nothing listens there" in str(error)) == ("soon", True)
     assert "cannot be resolved" in str(refused("rtsp://camera.invalid/s"))
 
 

@@ -2,6 +2,7 @@ import threading
 import time
 
 import pytest
+from waiting import PATIENCE_S, SLACK_S, eventually
 
 from apps.streaming.queues import StageQueue
 
@@ -28,6 +29,7 @@ def test_every_blocks_the_producer_and_loses_nothing() -> None:
 
     producer = threading.Thread(target=produce)
     producer.start()
+    eventually(lambda: n_put == 2)
     time.sleep(0.05)
     assert n_put == 2  # full: the third put waits
     taken = []
@@ -35,7 +37,7 @@ def test_every_blocks_the_producer_and_loses_nothing() -> None:
         item = queue.get(timeout_s=1)
         if item is not None:
             taken.append(item)
-    producer.join(1)
+    producer.join(PATIENCE_S)
     assert taken == list(range(50))
 
 
@@ -62,7 +64,7 @@ def test_abort_releases_both_sides(blocked_in: str) -> None:
     thread.start()
     time.sleep(0.02)
     left = queue.abort()
-    thread.join(1)
+    thread.join(PATIENCE_S)
     assert not thread.is_alive()
     assert (left, results) == (([0], [False]) if blocked_in == "put" else ([], [None]))
 
@@ -70,4 +72,4 @@ def test_abort_releases_both_sides(blocked_in: str) -> None:
 def test_get_times_out() -> None:
     started = time.monotonic()
     assert StageQueue[int](1).get(timeout_s=0.03) is None
-    assert 0.02 < time.monotonic() - started < 1
+    assert 0.02 < time.monotonic() - started < SLACK_S

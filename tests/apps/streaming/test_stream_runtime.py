@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from waiting import PATIENCE_S, SLACK_S, eventually
 
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.predictions import Prediction
@@ -112,15 +113,19 @@ def test_every_frame_is_inferred_in_order(parts, list_source, fake_runner) -> No
     assert {latency.count for latency in state.latency.values()} == {35}
 
 
+def n_futures() -> int:
+    return sum(issubclass(type(thing), Future) for thing in gc.get_objects())
+
+
 def test_answered_requests_leave_nothing_for_the_collector(parts, list_source, fake_runner) -> None:
     """A cycle would keep each frame, and the memory it lies in, until a full collection minutes later."""
     gc.collect()
     gc.disable()
     try:
-        before = sum(isinstance(thing, Future) for thing in gc.get_objects())
+        before = n_futures()
         with fake_runner(mean_color) as runner:
             Stream(parts, list_source([picture()] * 60), runner).run()
-        left = sum(isinstance(thing, Future) for thing in gc.get_objects()) - before
+        left = n_futures() - before
     finally:
         gc.enable()
     assert left <= 3  # the last, still in the hands of a thread
@@ -144,6 +149,7 @@ def test_every_holds_back_the_source_instead_of_dropping(parts, list_source, fak
     assert max(ahead) < 12  # the queues' sizes, not the source's length
 
 
+@pytest.mark.keeps_time
 def test_newest_drops_and_stays_fresh_when_the_engine_is_slow(parts, list_source, fake_runner) -> None:
     engine_s, period_s = 0.04, 0.004
     source = list_source([picture()] * 150, live=True, before_read=lambda _: time.sleep(period_s))
@@ -160,6 +166,7 @@ def test_newest_drops_and_stays_fresh_when_the_engine_is_slow(parts, list_source
     assert indices == sorted(indices)
 
 
+@pytest.mark.keeps_time
 def test_slow_output_under_newest_stays_bounded(parts, list_source, fake_runner) -> None:
     source = list_source([picture()] * 100, live=True, before_read=lambda _: time.sleep(0.004))
     with fake_runner(mean_color) as runner:
@@ -171,6 +178,7 @@ def test_slow_output_under_newest_stays_bounded(parts, list_source, fake_runner)
     assert stream.balanced()
 
 
+@pytest.mark.keeps_time
 def test_stages_overlap(parts, list_source, fake_runner) -> None:
     """Capture, preprocessing, inference and output of 20 ms each: 80 ms in sequence, 20 overlapped."""
 
@@ -185,6 +193,7 @@ def test_stages_overlap(parts, list_source, fake_runner) -> None:
     assert time.monotonic() - started < 20 * 0.08 * 0.6
 
 
+@pytest.mark.keeps_time
 def test_infer_time_excludes_the_wait_for_the_engine(parts, list_source, fake_runner) -> None:
     with fake_runner(lambda pixels: (time.sleep(0.02), mean_color(pixels))[1]) as runner:
         stream = Stream(parts, list_source([picture()] * 12), runner)
@@ -231,8 +240,11 @@ def test_time_limit_and_pace(parts, list_source, fake_runner) -> None:
             pace_fps=50,
             max_seconds=0.5,
         )
+        started = time.monotonic()
         assert stream.run() == TIME_LIMIT
-    assert 5 <= len(stream.predictions) <= 26  # 25 and the first; fewer on a busy machine
+        seconds = time.monotonic() - started
+    assert 0.5 <= seconds < 0.5 + SLACK_S
+    assert 1 <= len(stream.predictions) <= 50 * seconds + 1  # fewer on a busy machine
     assert stream.balanced()
 
 
@@ -289,8 +301,8 @@ def test_an_error_in_any_stage_ends_the_run(stage: str, policy: str, parts, list
         with pytest.raises(expected[0], match=expected[1]) as caught:
             stream.run()
         assert caught.value.exit_code == expected[2]
-        assert time.monotonic() - started < 5
-    assert no_stream_threads()
+        assert time.monotonic() - started < SLACK_S  # and not the 20 s that the source would last
+    eventually(no_stream_threads)
 
 
 def test_an_engine_that_times_out_by_itself_is_not_waited_for(parts, list_source, fake_runner) -> None:
@@ -311,7 +323,7 @@ def test_nan_scores_end_the_run(parts, list_source, fake_runner) -> None:
 
 def test_an_engine_that_never_answers_is_a_device_fault(parts, list_source, fake_runner) -> None:
     release = threading.Event()
-    runner = fake_runner(lambda pixels: (release.wait(20), mean_color(pixels))[1])
+    runner = fake_runner(lambda pixels: (release.wait(PATIENCE_S), mean_color(pixels))[1])
     stream = Stream(parts, list_source([picture()] * 5), runner, engine_stall_s=0.3)
     with pytest.raises(DeviceFaultError, match="engine has not answered"):
         stream.run()
@@ -320,6 +332,7 @@ def test_an_engine_that_never_answers_is_a_device_fault(parts, list_source, fake
     runner.close()
 
 
+@pytest.mark.keeps_time
 def test_several_engine_streams_run_side_by_side(parts, list_source, fake_runner) -> None:
     with fake_runner(lambda pixels: (time.sleep(0.03), mean_color(pixels))[1], n_streams=3) as runner:
         stream = Stream(parts, list_source([picture()] * 24, labels=[2] * 24), runner)

@@ -11,8 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from leaks import Held
 from numpy.typing import NDArray
 from tolerances import FAIR_SHARE_RTOL
+from waiting import PATIENCE_S, eventually
 
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.reload import Reloader
@@ -60,34 +62,38 @@ def every(seconds: float) -> Callable[[int], None]:
     return lambda index: time.sleep(seconds)
 
 
+@pytest.mark.keeps_time
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_eight_feeds_get_a_fair_share_of_an_engine_too_slow_for_all(
     max_batch: int, feeds_of, slot_around, list_source, fake_runner
 ) -> None:
-    """Feed 0 floods; the others come at 100 a second; the engine takes 200 a second or so in all."""
+    """Feed 0 floods; the others come at 200 a second; the engine takes 100 a second in all, so that at its turn a
+    feed has a frame waiting, though its thread may have been kept waiting itself."""
     sources = [
-        list_source([RED] * 10**6, live=True, before_read=every(0.0005 if index == 0 else 0.01))
+        list_source([RED] * 10**6, live=True, before_read=every(0.0005 if index == 0 else 0.005))
         for index in range(8)
     ]
     feeds = feeds_of(sources, "newest")
-    with fake_runner(slowly(0.005 * max_batch)) as runner:
+    with fake_runner(slowly(0.01 * max_batch)) as runner:
         run(feeds, slot_around(runner, max_batch=max_batch), max_frames=320)
     counts = inferred(feeds)
     assert sum(counts) == 320
     assert counts == pytest.approx([40] * 8, rel=FAIR_SHARE_RTOL)
 
 
+@pytest.mark.keeps_time
 def test_a_feed_with_nothing_waiting_gives_its_turn_away(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
     seldom = list_source([RED] * 100, live=True, before_read=every(0.1))
     often = list_source([RED] * 10**6, live=True, before_read=every(0.001))
     feeds = feeds_of([seldom, often], "newest")
+    started_s = time.monotonic()
     with fake_runner(slowly(0.002)) as runner:
         run(feeds, slot_around(runner), max_seconds=0.7)
     few, many = inferred(feeds)
-    assert 3 <= few <= 8
-    assert many > 10 * few
+    assert 1 <= few <= (time.monotonic() - started_s) / 0.1 + 1
+    assert many > 5 * few
 
 
 def test_a_batch_gathers_across_feeds_and_keeps_answers_apart(
@@ -121,6 +127,7 @@ def test_a_batch_gathers_across_feeds_and_keeps_answers_apart(
     assert runtime.batched_frames / runtime.batches > 2.5
 
 
+@pytest.mark.keeps_time
 def test_the_first_frame_of_a_batch_does_not_wait_past_its_limit(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
@@ -134,6 +141,7 @@ def test_the_first_frame_of_a_batch_does_not_wait_past_its_limit(
     assert 25 <= age.p50_ms < 90  # the 30 ms that it waited for company, not the 100 ms until the next frame
 
 
+@pytest.mark.keeps_time
 def test_frames_past_the_budget_are_dropped_and_never_shown(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
@@ -149,10 +157,12 @@ def test_frames_past_the_budget_are_dropped_and_never_shown(
     dropped = sum((Counter(source.metrics.snapshot().dropped) for source in feeds), Counter())
     assert dropped[TOO_OLD] > 40
     assert set(dropped) <= {TOO_OLD, LATE}
-    assert len(shown_ms) >= 4
-    assert max(shown_ms) < 100 + 10  # judged when the answer is there; reading the clock again comes after
+    assert shown_ms
+    # Judged when the answer is there; reading the clock again comes after. Unjudged, the last would be 4.8 s old.
+    assert max(shown_ms) < 100 + 400
 
 
+@pytest.mark.keeps_time
 def test_an_engine_slower_than_the_budget_shows_nothing_and_is_still_asked(
     feeds_of, slot_around, list_source, fake_runner
 ) -> None:
@@ -163,17 +173,17 @@ def test_an_engine_slower_than_the_budget_shows_nothing_and_is_still_asked(
     dropped = feeds[0].metrics.snapshot().dropped
     assert shown == []
     assert dropped[LATE] >= 2  # the first ones, and after a second another: it may have become faster
-    assert dropped[TOO_OLD] + dropped.get("newer frame", 0) > 50
+    assert dropped[TOO_OLD] + dropped.get("newer frame", 0) > 20
 
 
 def test_the_budget_expects_the_shortest_of_the_last_answers() -> None:
-    budget = LatencyBudget(100)
-    for took_ms in (90, 400, 60):
-        budget.answered(took_ms * 10**6)
+    budget = LatencyBudget(100_000)
+    for took_s in (90, 400, 60):
+        budget.answered(took_s * 10**9)
     now_ns = time.monotonic_ns()
-    assert not budget.is_hopeless(now_ns - 20 * 10**6)
-    assert budget.is_hopeless(now_ns - 50 * 10**6)
-    assert budget.is_late(now_ns - 101 * 10**6)
+    assert not budget.is_hopeless(now_ns - 20 * 10**9)
+    assert budget.is_hopeless(now_ns - 50 * 10**9)
+    assert budget.is_late(now_ns - 101 * 10**9)
     assert not LatencyBudget(None).is_hopeless(0)
 
 
@@ -244,9 +254,9 @@ def test_engines_swapped_under_load_lose_no_frame_and_mix_no_labels(
     slot = EngineSlot(made[0])
     waiting = iter(made[1:])
     reloader = Reloader(slot, Path("link"), lambda path: next(waiting))
-    feeds = feeds_of([list_source([RED] * 200, labels=[0] * 200) for _ in range(2)])
     seen: list[str] = []
     closed_after: list[int] = []
+    helpers: list[threading.Thread] = []
 
     def reload_now() -> None:
         reloader.reload()
@@ -254,10 +264,20 @@ def test_engines_swapped_under_load_lose_no_frame_and_mix_no_labels(
 
     def show(answer: Answer) -> None:
         seen.append(answer.prediction.top[0].label)
-        if len(seen) in (100, 250):
-            threading.Thread(target=reload_now).start()
+        if len(seen) in (50, 250):  # of the 200 before the first wait, of the 100 before the second
+            helpers.append(threading.Thread(target=reload_now))
+            helpers[-1].start()
 
+    def wait_for_the_reload(index: int) -> None:
+        """So that every engine has its share, however long a busy machine takes to load one."""
+        if index in (100, 150):
+            eventually(lambda: len(closed_after) == index // 50 - 1)
+
+    sources = [list_source([RED] * 200, labels=[0] * 200, before_read=wait_for_the_reload) for _ in range(2)]
+    feeds = feeds_of(sources)
     run(feeds, slot, show)
+    for helper in helpers:
+        helper.join(PATIENCE_S)
     assert inferred(feeds) == [200, 200]
     assert [label for index, label in enumerate(seen) if index == 0 or seen[index - 1] != label] == [
         "cat",
@@ -307,6 +327,7 @@ def test_a_refused_bundle_leaves_the_old_engine_running(
     run(feeds, slot, show)
     assert len(answers) == 50
     assert {a.prediction.top[0].label for a in answers} == {"green"}
+    eventually(lambda: not reloader.busy)
     assert slot.current is old
     assert (reloader.reloads, reloader.failures, reloader.last_error) == (0, 1, "bad is no engine")
     with pytest.raises(EngineError, match="other is no engine"):
@@ -326,7 +347,8 @@ def test_a_bug_in_loading_is_a_refusal_too(engine_around, fake_runner) -> None:
 def test_threads_and_buffers_stay_as_many_as_they_were(
     feeds_of, engine_around, list_source, fake_runner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    n_threads: set[int] = set()
+    held: Held | None = None
+    grown: set[str] = set()
     n_batches = 0
 
     with fake_runner(mean_color) as runner:
@@ -343,12 +365,16 @@ def test_threads_and_buffers_stay_as_many_as_they_were(
         seen = iter(range(10**6))
 
         def show(answer: Answer) -> None:
-            if 200 < next(seen) < 2500:  # before the feeds end
-                n_threads.add(threading.active_count())
+            nonlocal held
+            index = next(seen)
+            if index == 200:
+                held = Held()
+            elif held is not None:
+                grown.update(held.new_threads())
 
         run(feeds, EngineSlot(engine), show)
     assert n_batches <= 2 * runner.n_streams + 2
-    assert len(n_threads) == 1
+    assert not grown
     assert max(source.feed.max_out for source in feeds) <= 2 * (2 * runner.n_streams + 2)
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,8 @@ import cv2
 import numpy as np
 import pytest
 import rtsp_server
+from gstreamer import SYSTEM_PYTHON, needs_rtsp, needs_system_opencv
 
-SYSTEM_PYTHON = "/usr/bin/python3"
 ROOT = Path(__file__).parents[3]
 
 READER = """
@@ -48,17 +47,7 @@ print(json.dumps(report))
 """
 
 
-@cache
-def _missing() -> str | None:
-    check = "import cv2, sys; sys.exit('GStreamer:                   YES' not in cv2.getBuildInformation())"
-    try:
-        done = subprocess.run([SYSTEM_PYTHON, "-c", check], capture_output=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return "the system's python3-opencv, with GStreamer, is not installed" if done.returncode else None
-
-
-pytestmark = pytest.mark.skipif(_missing() is not None, reason=str(_missing()))
+pytestmark = needs_system_opencv()
 
 
 def read(uri: str, n_frames: int, hw: tuple[int, int]) -> dict[str, Any]:
@@ -100,7 +89,7 @@ def test_a_pipeline_and_its_padding_byte(caps: str) -> None:
     assert report["center"] == [255, 0, 0]  # BGR
 
 
-@pytest.mark.skipif(rtsp_server.missing() is not None, reason=str(rtsp_server.missing()))
+@needs_rtsp
 def test_rtsp_with_a_password() -> None:
     with rtsp_server.rtsp_server(password="s3cr:et") as server:
         uri = server.url(userinfo="camera:s3cr%3Aet") + "#backend=gstreamer&latency=50"

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,6 @@ from engines.tensorrt.builder import build_plan
 from engines.tensorrt.options import BatchProfile, TensorRtOptions
 from pipeline.errors import EngineError
 
-BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SMS = (80, 86, 89, 120)
 OPTIONS = TensorRtOptions(sms=SMS, profiles=(BatchProfile(1, 1, 8),))
 
@@ -25,11 +22,8 @@ def quiet(*told):
 def graphs(request, tmp_path_factory):
     pytest.importorskip("tensorrt_rtx")
     pytest.importorskip("torch")
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        from tensorrt_matrix import make_graphs
-    finally:
-        sys.path.remove(str(BENCHMARKS))
+    from tensorrt_matrix import make_graphs
+
     return make_graphs(request.param, "synthetic:1:2", tmp_path_factory.mktemp(request.param))
 
 

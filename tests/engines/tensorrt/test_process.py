@@ -17,7 +17,7 @@ from engines.tensorrt.options import BatchProfile, TensorRtOptions
 from engines.tensorrt.process import run_job
 from pipeline.errors import EngineError, UnsupportedError
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 
 
 def quiet(*told):
@@ -98,7 +98,7 @@ def test_an_interrupt_ends_the_worker_and_leaves_nothing(fake_tensorrt, orin, ma
     with pytest.raises(_CancelledError):
         build_plan(fake_tensorrt(), make_model(), tmp_path / "p", TensorRtOptions(), cancel)
     assert {path.name for path in tmp_path.iterdir()} == {"graph.onnx"}
-    assert _children() == before
+    assert _children() <= before
 
 
 def test_a_worker_whose_parent_is_killed_cleans_up(make_model, tmp_path):

@@ -11,10 +11,12 @@ from typing import Any
 
 import capture_sources
 import pytest
+from waiting import PATIENCE_S, eventually
 
 from apps.streaming.capture import open_feed
 from apps.streaming.capture.supervisor import ProcessFeed
 from apps.streaming.config import CaptureLimits, SourceConfig
+from apps.streaming.contracts import CapturedFrame
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.sources import ModelClasses, SourceUri
 
@@ -43,6 +45,18 @@ class Harness:
         counter = Path(f"{self.script}.count")
         return int(counter.read_text() or 0) if counter.exists() else 0
 
+    def next(self) -> CapturedFrame:
+        """The next frame, not released."""
+        taken: list[CapturedFrame] = []
+
+        def take() -> bool:
+            captured = self.feed.take()
+            taken.extend([] if captured is None else [captured])
+            return bool(taken)
+
+        eventually(take, shown=self.feed.status)
+        return taken[0]
+
     def pump(self) -> int:
         """Takes what waits; notes index, shape and value of each frame."""
         n = 0
@@ -55,7 +69,7 @@ class Harness:
             n += 1
         return n
 
-    def until(self, condition: Callable[[], Any], seconds: float = 20.0) -> float:
+    def until(self, condition: Callable[[], Any], seconds: float = PATIENCE_S) -> float:
         """Pumps until `condition`; returns the seconds it took."""
         start_s = time.monotonic()
         while not condition():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from waiting import PATIENCE_S, eventually
 
 from apps.streaming.capture import open_feed
 from apps.streaming.capture.supervisor import ProcessFeed
@@ -30,7 +31,7 @@ def feed_of(uri: str, metrics: StreamMetrics, opener: Callable[..., Any] | None 
 
 def drain(feed: Any, metrics: StreamMetrics) -> list[Any]:
     frames = []
-    deadline_s = time.monotonic() + 10
+    deadline_s = time.monotonic() + PATIENCE_S
     while not feed.exhausted:
         assert time.monotonic() < deadline_s
         captured = feed.take()
@@ -71,10 +72,7 @@ def test_every_waits_for_buffers(list_source: Any) -> None:
     metrics = StreamMetrics()
     feed = feed_of("synthetic:1:9", metrics, lambda *_: source)
     feed.start(lambda: None)
-    deadline_s = time.monotonic() + 10
-    while metrics.snapshot().frames_read < 3:
-        assert time.monotonic() < deadline_s
-        time.sleep(0.001)
+    eventually(lambda: metrics.snapshot().frames_read == 3)
     time.sleep(0.05)
     assert metrics.snapshot().frames_read == 3  # one was no image, two lie in the buffers
     assert len(drain(feed, metrics)) == 9
@@ -103,8 +101,7 @@ def test_a_live_source_plays_at_its_rate_and_closes_at_once() -> None:
     feed = feed_of("synthetic:1", metrics, fps=50.0)
     feed.start(lambda: None)
     start_s = time.monotonic()
-    while metrics.snapshot().frames_read < 11:
-        time.sleep(0.002)
+    eventually(lambda: metrics.snapshot().frames_read >= 11)
     assert time.monotonic() - start_s >= 0.2
     assert feed.status().state is SourceState.LIVE
     feed.close()

@@ -21,13 +21,14 @@ RED, BLUE = (220, 40, 40), (40, 40, 220)
 LIMITS = """
 [limits]
 degraded_s = 1.0
-stall_s = 3.0
+stall_s = 5.0
 frozen_s = 1.5
 backoff_s = [0.1, 0.5]
 restart_budget = 100000
 lost_retry_s = 0.5
 """
-"""Patient enough for a machine that is busy elsewhere: a camera that is well is never taken for silent."""
+"""Patient enough for a machine that is busy elsewhere: a camera that is well is never taken for silent. The sources'
+own time-outs are longer, so that it is the watchdog that ends a stall."""
 
 
 if sys.platform != "linux":  # capture processes need it
@@ -51,8 +52,9 @@ class Site:
 
     def untouched(self) -> None:
         """The other camera, of which nothing may be noticed."""
+        self.app.until_state("yard", "LIVE")  # on a busy machine its frames may be late, too
         status = self.app.source("yard")["status"]
-        assert (status["state"], status["restarts"], status["stalls"]) == ("LIVE", 0, 0)
+        assert (status["restarts"], status["stalls"]) == (0, 0)
         self.app.until_more("yard")
 
 
@@ -67,11 +69,11 @@ max_age_ms = 5000
 {LIMITS}
 [[source]]
 name = "gate"
-uri = "{gate.url}"
+uri = "{gate.url}#timeout=30"
 
 [[source]]
 name = "yard"
-uri = "{yard.url}"
+uri = "{yard.url}#timeout=30"
 """
     try:
         with live_app(folder, config) as app:

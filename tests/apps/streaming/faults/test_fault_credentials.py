@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import quote
 
-import pytest
 import rtsp_server
+from gstreamer import needs_rtsp
 from live_app import LiveApp
+from ports import reserved_port
 
 from benchmarks.mjpeg_camera import MjpegCamera
 
@@ -29,8 +30,6 @@ backoff_s = [0.1, 0.5]
 restart_budget = 100000
 lost_retry_s = 0.5
 """
-
-needs_rtsp = pytest.mark.skipif(rtsp_server.missing() is not None, reason=str(rtsp_server.missing()))
 
 
 @contextlib.contextmanager
@@ -85,9 +84,7 @@ def test_refusals_are_told_apart_and_show_no_password(
         refusing, absent = (
             stack.enter_context(rtsp_that_answers(status)) for status in ("401 Unauthorized", "404 Not Found")
         )
-        closed = socket.create_server(("127.0.0.1", 0))
-        broker_port = closed.getsockname()[1]
-        closed.close()
+        broker_port = stack.enter_context(reserved_port())
         uris = {
             f"rtsp://127.0.0.1:{refusing}/stream": "401",
             f"rtsp://127.0.0.1:{absent}/stream": "404",

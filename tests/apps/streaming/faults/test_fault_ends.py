@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import pytest
 from live_app import LiveApp
 
 from benchmarks.mjpeg_camera import MjpegCamera
@@ -53,6 +54,7 @@ def n_degraded(app: LiveApp) -> int:
     return sum(app.state(name) == "DEGRADED" for name in ("silent", "well", "deaf"))
 
 
+@pytest.mark.keeps_time
 def test_sigterm_ends_everything_in_time_whatever_hangs(
     run_app: Callable[..., LiveApp], bundle: Path, tmp_path: Path
 ) -> None:
@@ -100,9 +102,9 @@ record = {{ path = "{tmp_path / "segments"}", segment_s = 1 }}
         for pid in sorted(captures):  # to stop that of the silent camera shows nothing
             os.kill(pid, signal.SIGSTOP)
             with contextlib.suppress(AssertionError):
-                app.until(lambda: n_degraded(app) == 2, seconds=5)
+                app.until(lambda: n_degraded(app) == 2, seconds=15)
                 break
-        assert n_degraded(app) == 2
+        app.until(lambda: n_degraded(app) == 2)
         sent_s = time.monotonic()
         status, summary = app.stop()
         seconds = time.monotonic() - sent_s
@@ -189,6 +191,7 @@ main()
 """
 
 
+@pytest.mark.keeps_time
 def test_a_clock_that_jumps_changes_nothing(
     run_app: Callable[..., LiveApp], bundle: Path, tmp_path: Path
 ) -> None:

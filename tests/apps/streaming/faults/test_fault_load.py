@@ -8,17 +8,18 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from live_app import COMMAND, LiveApp, environment, free_port
+from live_app import COMMAND, LiveApp, environment
+from ports import reserved_port
 
 from benchmarks.mjpeg_camera import MjpegCamera
 
 MOSQUITTO = shutil.which("mosquitto") or shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin")
 
-# The colour of a picture, behind products of matrices that depend on it: 13 billion of them a picture.
+# The colour of a picture, behind products of matrices that depend on it: 7 billion of them a picture.
 SLOW = """
 <ir_version: 10, opset_import: ["" : 18]>
 slow (uint8[batch, 16, 16, 3] input) => (float[batch, 3] logits) {
@@ -29,7 +30,7 @@ slow (uint8[batch, 16, 16, 3] input) => (float[batch, 3] logits) {
     all_axes = Constant <value = int64[2] {0, 1}> ()
     mean = ReduceMean <keepdims = 1> (means, all_axes)
     small = Mul (mean, tiny)
-    size = Constant <value = int64[2] {1500, 1500}> ()
+    size = Constant <value = int64[2] {1200, 1200}> ()
     a = Expand (small, size)
     b = MatMul (a, a)
     c = MatMul (b, a)
@@ -72,7 +73,7 @@ max_age_ms = 5000
         for camera in cameras:
             camera.close()
     assert status == 0, app.log.read_text()
-    assert grown_mb < 5
+    assert grown_mb < 16  # ten seconds of the frames that were dropped would be some 300
     assert summary["latency"]["infer"]["p50_ms"] > 1000 / 60, "the engine was not slow"
     assert summary["latency"]["age"]["max_ms"] < 5500
     for one in summary["sources"]:
@@ -118,12 +119,18 @@ def test_a_reader_that_never_reads_holds_up_nothing(bundle: Path, tmp_path: Path
     assert camera_sees.read_text().count("\n") == 30
 
 
+@pytest.fixture
+def port() -> Iterator[int]:
+    """Where nobody listens until the test starts a broker."""
+    with reserved_port() as number:
+        yield number
+
+
 def test_a_broker_that_is_away_and_comes(
-    run_app: Callable[..., LiveApp], bundle: Path, tmp_path: Path
+    run_app: Callable[..., LiveApp], bundle: Path, tmp_path: Path, port: int
 ) -> None:
     """The stream does not wait; what happened meanwhile is delivered when the broker is there."""
     pytest.importorskip("paho.mqtt.client")
-    port = free_port()
     camera = MjpegCamera(rgb=(220, 40, 40), other_rgb=(40, 40, 220))
     config = f"""
 bundle = "{bundle}"

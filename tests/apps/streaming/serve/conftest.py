@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from fake_stream import FakeApp
+from waiting import PATIENCE_S
 
 from apps.streaming.config import ServeConfig
 from apps.streaming.serve import PageServer
@@ -39,7 +39,7 @@ def ask(
 ) -> Answer:
     """One request; an underscore in a header's name stands for a dash."""
     address = urlsplit(server.url)
-    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=10)
+    connection = http.client.HTTPConnection(address.hostname or "", address.port, timeout=PATIENCE_S)
     try:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         connection.request(method, path, body, names)
@@ -47,14 +47,6 @@ def ask(
         return Answer(answer.status, answer.headers, answer.read())
     finally:
         connection.close()
-
-
-def until(holds: Callable[[], bool], timeout_s: float = 10.0) -> None:
-    """Waits for something that happens in another thread."""
-    deadline_s = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < deadline_s, f"not so within {timeout_s:g} s"
-        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -82,8 +74,3 @@ def serve(app: FakeApp) -> Iterator[Callable[..., PageServer]]:
 @pytest.fixture(scope="session")
 def asking() -> Callable[..., Answer]:
     return ask
-
-
-@pytest.fixture(scope="session")
-def waiting() -> Callable[..., None]:
-    return until

@@ -14,6 +14,7 @@ import devtools
 import pytest
 from devtools import Browser
 from fake_stream import JETSON, FakeApp, entered, picture
+from waiting import PATIENCE_S
 
 from apps.streaming.contracts import SourceState
 from apps.streaming.serve import PageServer
@@ -118,7 +119,7 @@ def test_the_page_on_a_desk(serve: Serve, app: FakeApp, tmp_path: Path) -> None:
 
         # The app goes: the page says so, and says that what it shows is old.
         page.close()
-        await tab.until("!document.getElementById('lost').hidden", 15.0)
+        await tab.until("!document.getElementById('lost').hidden")
         assert "What you see is old" in await tab.evaluate("document.getElementById('lost').textContent")
         assert await tab.evaluate("document.getElementById('connection').dataset.state") == "LOST"
 
@@ -174,7 +175,7 @@ def test_the_page_on_a_phone_with_eight_sources(serve: Serve, app: FakeApp, tmp_
         width = await tab.evaluate("document.querySelector('.single-body').scrollWidth")
         assert width <= 390
         # Only the one is sent now.
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + PATIENCE_S
         while page.hub.wanted(app.sources[1].name) or not await tab.evaluate(f"{LARGE}.dataset.pictures > 3"):
             assert time.monotonic() < deadline_s
         assert tab.problems == []

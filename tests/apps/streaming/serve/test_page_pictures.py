@@ -17,13 +17,13 @@ import pytest
 from fake_stream import FakeApp, picture
 from numpy.typing import NDArray
 from tolerances import JPEG_LEVELS
+from waiting import PATIENCE_S, eventually
 
 from apps.streaming.serve import PageServer
 from apps.streaming.serve.pictures import LatestPictures, jpeg_encoder
 
 Serve = Callable[..., PageServer]
 Ask = Callable[..., Any]
-Wait = Callable[..., None]
 
 ALWAYS_DUE_FPS = 120.0
 RTSP = "rtsp://10.0.0.12:554/stream1"
@@ -56,7 +56,7 @@ def connect(page: PageServer, path: str, receive_buffer: int | None = None) -> s
     client = socket.socket()
     if receive_buffer is not None:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    client.settimeout(10)
+    client.settimeout(PATIENCE_S)
     client.connect(("127.0.0.1", urlsplit(page.url).port))
     client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
     return client
@@ -146,17 +146,17 @@ def test_no_picture_is_503_and_no_source_404(
         assert "gate" in answer.text
 
 
-def test_nothing_is_wanted_while_nobody_watches(serve: Serve, waiting: Wait) -> None:
+def test_nothing_is_wanted_while_nobody_watches(serve: Serve) -> None:
     page = serve()
     page.hub.publish("gate", picture())
     assert page.hub.n_accepted == 0
     client = connect(page, "/video/gate")
-    waiting(lambda: page.hub.wanted("gate"))
+    eventually(lambda: page.hub.wanted("gate"))
     client.close()
-    waiting(lambda: not page.hub.wanted("gate"))  # noticed though no picture is sent
+    eventually(lambda: not page.hub.wanted("gate"))  # noticed though no picture is sent
 
 
-def test_one_encoding_for_all_clients(serve: Serve, waiting: Wait) -> None:
+def test_one_encoding_for_all_clients(serve: Serve) -> None:
     page = serve(video_fps=5.0)
     with ExitStack() as stack:
         stack.enter_context(running(page, "gate"))
@@ -170,7 +170,7 @@ def test_one_encoding_for_all_clients(serve: Serve, waiting: Wait) -> None:
     assert 3 <= encoded <= accepted <= 6  # 18 pictures were sent
 
 
-def test_clients_above_the_cap_are_told_when_to_come_back(serve: Serve, asking: Ask, waiting: Wait) -> None:
+def test_clients_above_the_cap_are_told_when_to_come_back(serve: Serve, asking: Ask) -> None:
     page = serve(max_clients=2)
     clients = [connect(page, "/video") for _ in range(2)]
     for client in clients:
@@ -180,7 +180,7 @@ def test_clients_above_the_cap_are_told_when_to_come_back(serve: Serve, asking: 
     assert int(answer.headers["Retry-After"]) > 0
     clients[0].close()
     with running(page, "gate"):
-        waiting(lambda: _opens(page))
+        eventually(lambda: _opens(page))
     clients[1].close()
 
 
@@ -190,7 +190,7 @@ def _opens(page: PageServer) -> bool:
 
 
 def test_a_hundred_dead_clients_are_capped_cut_and_cost_the_runtime_nothing(
-    serve: Serve, asking: Ask, waiting: Wait, monkeypatch: pytest.MonkeyPatch
+    serve: Serve, asking: Ask, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Sixteen are sent to until their buffers are full, then cut; the others are refused. Meanwhile the
     hub takes every picture that is due, and one that reads gets the newest."""
@@ -208,7 +208,7 @@ def test_a_hundred_dead_clients_are_capped_cut_and_cost_the_runtime_nothing(
         metrics = _figures(asking(page, "/metrics").text)
         return metrics.get("edgefold_page_clients_cut_total") == 16  # none while no connection is let in
 
-    waiting(all_were_cut, 30.0)
+    eventually(all_were_cut)
     assert page.hub.n_accepted == n_due > 5
     figures = _figures(asking(page, "/metrics").text)
     assert figures["edgefold_page_clients_refused_total"] >= 84
@@ -227,18 +227,18 @@ def _figures(text: str) -> dict[str, float]:
 
 
 def test_a_slow_client_skips_to_the_newest(serve: Serve) -> None:
-    page = serve(video_fps=ALWAYS_DUE_FPS)
+    page = serve(video_fps=60.0)
     with running(page, "gate") as published:
         slow = Parts(page, "/video/gate", receive_buffer=4096)
         slow.next()
         before = published[0]
-        time.sleep(1.0)
+        eventually(lambda: published[0] >= before + 80)
         newest = published[0]
         n_buffered = 0
         while _number(slow.next()[1]) < newest - 5:
             n_buffered += 1
         slow.close()
-    assert 20 < newest - before < 150
+    assert newest < 200, "the machine was too slow to tell the pictures apart"
     assert n_buffered < (newest - before) / 2  # what fitted the buffers, not all that was published
 
 
@@ -300,7 +300,7 @@ def test_a_picture_that_cannot_be_encoded_is_skipped(caplog: pytest.LogCaptureFi
                 assert shown is not None
                 return shown.jpeg
 
-        assert asyncio.run_coroutine_threadsafe(watch(), hub._loop).result(10) == bytes([60])
+        assert asyncio.run_coroutine_threadsafe(watch(), hub._loop).result(PATIENCE_S) == bytes([60])
     assert "no such colours" in caplog.text
 
 
