@@ -122,3 +122,11 @@ TIPPED_STEP_ATOL = 2e-3
 """Means over 64 positions of outputs computed from quantized inputs: a value on the edge between two steps may be rounded
 the other way by another engine. One step of 0.008 times a weight of about 1 is 1.2e-4 of the mean, twice its error of
 about 2 is 5e-4 of the mean square; allow a few."""
+
+PLANAR_MEAN_LEVELS = 0.6
+"""Network pixels of a picture that was resized as planes of Y, U and V, against the same planes turned into BGR and
+resized as Pillow does, mean over the picture in levels. The two round to bytes at other places (0.3 levels each time), and
+chroma is interpolated here and repeated there: 0.2 to 0.4 were measured. The wrong matrix is 1.0 off and more."""
+
+PLANAR_MAX_LEVELS = 8
+"""The same, at the worst pixel: an edge between colours, where chroma is interpolated over two pixels. 5 were measured."""

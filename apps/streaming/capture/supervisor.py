@@ -270,7 +270,15 @@ class ProcessFeed:
 
     def _frame(self, process: CaptureProcess, message: FrameReady, pixels: NDArray[np.uint8]) -> None:
         timestamp_ns = message.timestamp_ns
-        frame = Frame(pixels, message.pixel_format, self.source_id, self._index, timestamp_ns, message.label)
+        frame = Frame(
+            pixels,
+            message.pixel_format,
+            self.source_id,
+            self._index,
+            timestamp_ns,
+            message.label,
+            message.yuv,
+        )
         self._index += 1
         self._metrics.frame_read()
         with self._lock:

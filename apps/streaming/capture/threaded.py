@@ -11,7 +11,7 @@ from apps.streaming.capture.pacing import Pacer, pace_fps
 from apps.streaming.capture.waiting import WaitingFrames
 from apps.streaming.config import CaptureLimits
 from apps.streaming.contracts import CapturedFrame, SourceStatus
-from apps.streaming.frames import as_image, defect
+from apps.streaming.frames import as_image, defect, picture_hw
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.queues import DropPolicy
 from apps.streaming.sources import Delivered, Source
@@ -164,11 +164,12 @@ class ThreadFeed:
                 self._closing.wait(_NO_IMAGE_PAUSE_S)  # one that fails at once would spin
             return
         self._closing.wait(pacer.delay_s(time.monotonic()))
-        image, pixel_format = as_image(delivered.pixels, source.color)
+        image, pixel_format = as_image(delivered.pixels, source.color, delivered.yuv)
         now_ns = time.monotonic_ns()
-        frame = Frame(image, pixel_format, self.source_id, index, now_ns, delivered.label)
+        frame = Frame(image, pixel_format, self.source_id, index, now_ns, delivered.label, delivered.yuv)
+        height, width = picture_hw(image, pixel_format)
         with self._lock:
-            self._health.frame(now_ns, (image.shape[1], image.shape[0]), 0)
+            self._health.frame(now_ns, (width, height), 0)
         self._waiting.put(CapturedFrame(frame, self._give_back, capture_s))
         self._on_ready()
 
