@@ -51,7 +51,8 @@ def planes_of(image: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.u
 
 
 def planes_to_bgr(image: NDArray[np.uint8], coding: YuvCoding) -> NDArray[np.uint8]:
-    """An ``I420`` image (3H/2, W), contiguous, as uint8 (H, W, 3) BGR; chroma is repeated for the pixels that share it."""
+    """An ``I420`` image (3H/2, W) as uint8 (H, W, 3) BGR; chroma is repeated for the pixels that share it."""
+    image = np.ascontiguousarray(image)
     height, width = image.shape[0] * 2 // 3, image.shape[1]
     library = kernels()
     if library is None:

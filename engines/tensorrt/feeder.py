@@ -113,7 +113,7 @@ class DeviceFeeder:
         image, pixel_format = frame.image, frame.pixel_format
         if frame.yuv is not None and pixel_format == "I420":
             # The kernel takes a decoder's NV12 on the device, and no planes from the host.
-            image, pixel_format = planes_to_bgr(np.ascontiguousarray(image), frame.yuv), "BGR"
+            image, pixel_format = planes_to_bgr(image, frame.yuv), "BGR"
         if pixel_format == "GRAY" and isinstance(image, np.ndarray) and image.shape[2:] == (1,):
             image = image[:, :, 0]
         shape = image.shape if isinstance(image, np.ndarray) else ()
