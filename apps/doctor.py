@@ -19,8 +19,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline import resampling
 from pipeline.errors import EdgefoldError, UnsupportedError
+from pipeline.kernels import kernels
 
 __all__ = ["Finding", "diagnose", "doctor_command"]
 
@@ -138,7 +138,7 @@ def _cpu() -> Iterator[Finding]:
     )
     yield Finding("cpu", "instruction sets", bool(cpu.isa), " ".join(cpu.isa) or "not known")
     yield Finding("cpu", "memory", True, _memory())
-    compiled = resampling.kernel_available()
+    compiled = kernels() is not None
     yield Finding(
         "cpu",
         "resampling kernel",

@@ -25,7 +25,7 @@ RESULTS = Path(__file__).parent / "results"
 QUIET_LOAD = 0.3
 """A one-minute load average above this, before anything is measured, is somebody else's work."""
 
-_PACKAGES = ("edgefold", "numpy", "onnx", "onnxruntime", "openvino", "torch", "nncf")
+_PACKAGES = ("edgefold", "numpy", "onnx", "onnxruntime", "openvino", "torch", "nncf", "opencv-python", "av")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ every comparison.
     python benchmarks/stream_parts.py stream BUNDLE SHORT LONG [-- OPTIONS OF EDGEFOLD STREAM]
     python benchmarks/stream_parts.py once BUNDLE [-- OPTIONS OF EDGEFOLD STREAM]
     python benchmarks/stream_parts.py many BUNDLE SOURCES SECONDS [--batch N]
-    python benchmarks/stream_parts.py decode FILM FRAMES
+    python benchmarks/stream_parts.py decode FILM FRAMES [--reader opencv|stream]
     python benchmarks/stream_parts.py engine BUNDLE FRAMES [--batch N] [--mode M] [--precision P]
 """
 
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -177,23 +178,39 @@ def many_worker(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def decode_worker(given: argparse.Namespace) -> dict[str, float]:
-    """Reading the film with OpenCV, into one array."""
-    import cv2
-
-    capture = cv2.VideoCapture(str(given.film), cv2.CAP_FFMPEG)
-    ok, frame = capture.read()
+def decode_worker(given: argparse.Namespace) -> dict[str, Any]:
+    """Reading the film into one array: with OpenCV, as anybody does, or with what `edgefold stream` reads it with here."""
+    read, decoder = (_opencv_reader if given.reader == "opencv" else _stream_reader)(given.film)
     for _ in range(_WARM_FRAMES):
-        ok, frame = capture.read(frame)
+        read()
     began_cpu_s, began_s = time.process_time(), time.monotonic()
     for index in range(given.frames):
-        ok, frame = capture.read(frame)
-        if not ok:
-            raise SystemExit(f"{given.film} has only {_WARM_FRAMES + 1 + index} frames")
+        if not read():
+            raise SystemExit(f"{given.film} has only {_WARM_FRAMES + index} frames")
     return {
         "cpu_ms": 1e3 * (time.process_time() - began_cpu_s) / given.frames,
         "wall_ms": 1e3 * (time.monotonic() - began_s) / given.frames,
+        "decoder": decoder,
     }
+
+
+def _opencv_reader(film_path: Path) -> tuple[Callable[[], bool], str]:
+    import cv2
+
+    capture = cv2.VideoCapture(str(film_path), cv2.CAP_FFMPEG)
+    _, frame = capture.read()
+    return lambda: bool(capture.read(frame)[0]), "OpenCV"
+
+
+def _stream_reader(film_path: Path) -> tuple[Callable[[], bool], str]:
+    from apps.streaming.sources import ModelClasses, open_source, parse_source
+
+    source = open_source(parse_source(str(film_path)), ModelClasses(("0",), 1))
+    first = source.read()
+    if first is None:
+        raise SystemExit(f"{film_path} has no frames")
+    decoder = "OpenCV" if first.yuv is None else "PyAV, planes"
+    return lambda: source.read(first.pixels) is not None, decoder
 
 
 def engine_worker(given: argparse.Namespace) -> dict[str, float]:
@@ -267,6 +284,7 @@ def main() -> None:
     decode.set_defaults(run=decode_worker)
     decode.add_argument("film", type=Path)
     decode.add_argument("frames", type=int)
+    decode.add_argument("--reader", choices=["opencv", "stream"], default="opencv")
     engine = workers.add_parser("engine")
     engine.set_defaults(run=engine_worker)
     engine.add_argument("bundle", type=Path)

@@ -30,9 +30,14 @@ __all__ = [
     "TensorRange",
     "TensorSpec",
     "TensorStatistics",
+    "YuvCoding",
+    "YuvMatrix",
 ]
 
-PixelFormat = Literal["RGB", "BGR", "GRAY", "RGBA", "BGRA"]
+PixelFormat = Literal["RGB", "BGR", "GRAY", "RGBA", "BGRA", "I420"]
+"""``I420``: planes of Y, U and V one behind the other, U and V of half the size each way; as an array (3H/2, W) with
+even H and W. What its bytes mean is a `YuvCoding`."""
+YuvMatrix = Literal["bt601", "bt709"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _STRICT: dict[str, Any] = {"extra": "forbid"}
 
@@ -233,6 +238,18 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class YuvCoding:
+    """How the planes of a picture encode its colours; what a video's stream says of itself."""
+
+    matrix: YuvMatrix = "bt601"
+    full_range: bool = False
+    """Luma from 0 to 255 (JPEG); else from 16 to 235, and chroma from 16 to 240."""
+    chroma: Literal["left", "center"] = "left"
+    """Where a sample of chroma lies among the four pixels that share it: between the two on the left (MPEG-2, H.264),
+    or in the middle of all (JPEG, MPEG-1)."""
+
+
+@dataclass(frozen=True, slots=True)
 class Frame:
     """One frame of a stream. ``timestamp_ns`` is monotonic (`time.monotonic_ns`) at capture."""
 
@@ -243,3 +260,5 @@ class Frame:
     timestamp_ns: int
     label: int | None = None
     """The truth where the source knows it (synthetic camera, labelled folder)."""
+    yuv: YuvCoding | None = None
+    """Of an ``I420`` frame, and of no other."""

@@ -11,6 +11,8 @@ resize, crop, colour order or normalization exists. Two halves, as `PreprocessSp
   levels in a quarter of them for some sizes), for about half of the time.
   What is antialiased, the usual case, goes through `pipeline.resampling`, which gives those pixels in a
   quarter of the time and for the crop alone; the rest through Pillow itself.
+  Planes of a decoder are resized as planes (`pipeline.planar`): nearly, not exactly, what Pillow makes of the
+  same picture in colour.
 * *Normalization*, affine per channel, which the build folds into the graph.
 
 The CUDA kernel (`engines.tensorrt.preprocess`) follows the geometry computed here and is held to these pixels by tests.
@@ -30,8 +32,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pipeline import resampling
-from pipeline.artifacts import PixelFormat, PreprocessSpec
+from pipeline.artifacts import PixelFormat, PreprocessSpec, YuvCoding
 from pipeline.errors import DataError
+from pipeline.kernels import kernels
+from pipeline.planar import PlanarResampler
+from pipeline.yuv import planes_to_bgr
 
 __all__ = ["affine", "crop_start", "normalize", "preprocess_sha256", "resized_hw", "to_network_pixels"]
 
@@ -52,6 +57,7 @@ def to_network_pixels(
     spec: PreprocessSpec,
     color: Literal["RGB", "BGR"],
     out: NDArray[np.uint8] | None = None,
+    yuv: YuvCoding | None = None,
 ) -> NDArray[np.uint8]:
     """Resize, crop and order the channels of one image.
 
@@ -59,11 +65,12 @@ def to_network_pixels(
     are refused: how many of their bits are used is the camera's secret.
 
     Args:
-        image: uint8, HWC in `pixel_format`, or HW for ``GRAY``; any strides; at least 2×2.
+        image: uint8, HWC in `pixel_format`, HW for ``GRAY``, planes for ``I420``; any strides; at least 2×2.
         pixel_format: what the channels of `image` are.
         spec: the geometry: resize mode, interpolation, antialiasing, crop fraction and size.
         color: the channel order wanted.
         out: where to write the result (its place in a batch); a new array if not given.
+        yuv: the coding of ``I420`` planes.
 
     Returns:
         `out`; uint8, HWC, contiguous, ``spec.input_hw`` × 3, channels in order `color`.
@@ -72,8 +79,14 @@ def to_network_pixels(
         DataError: not an image, not 8-bit, a channel count other than `pixel_format`'s, degenerate
             size, or (``resize="none"``) a size other than ``spec.input_hw``.
     """
-    pixels = _checked(image, pixel_format)
+    pixels = _checked(image, pixel_format, yuv)
     target = np.empty((*spec.input_hw, 3), np.uint8) if out is None else out
+    if yuv is not None and pixel_format == "I420":
+        planar = _planar(spec, pixels.shape[0] * 2 // 3, pixels.shape[1], yuv)
+        if planar is not None:
+            planar.resample(pixels, color, target)
+            return target
+        pixels, pixel_format = planes_to_bgr(pixels, yuv), "BGR"
     swap = pixel_format[:3] != color
     plan = None if spec.resize == "none" else _resampling(spec, *pixels.shape[:2])
     if plan is None:
@@ -155,8 +168,8 @@ def preprocess_sha256(spec: PreprocessSpec) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
-def _checked(image: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.uint8]:
-    """`image` as uint8 HW (gray) or HW3 with alpha dropped; a view."""
+def _checked(image: NDArray[Any], pixel_format: PixelFormat, yuv: YuvCoding | None) -> NDArray[np.uint8]:
+    """`image` as uint8 HW (gray), HW3 with alpha dropped, or planes; a view, but for planes that lie apart."""
     if not isinstance(image, np.ndarray):
         raise DataError(f"a frame must be a numpy array, not {type(image).__name__}")
     if image.dtype != np.uint8:
@@ -164,8 +177,10 @@ def _checked(image: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.uint8
             f"a frame has {image.dtype} pixels; only 8-bit ones are taken, because the range of wider "
             "ones is unknown: convert them to uint8 first"
         )
+    if pixel_format == "I420":
+        return _checked_planes(image, yuv)
     if pixel_format not in _CHANNELS:
-        raise DataError(f"unknown pixel format {pixel_format!r}; known: {', '.join(_CHANNELS)}")
+        raise DataError(f"unknown pixel format {pixel_format!r}; known: {', '.join([*_CHANNELS, 'I420'])}")
     channels = _CHANNELS[pixel_format]
     pixels = image[:, :, 0] if channels == 1 and image.ndim == 3 and image.shape[2] == 1 else image
     expected_ndim = 2 if channels == 1 else 3
@@ -178,6 +193,30 @@ def _checked(image: NDArray[Any], pixel_format: PixelFormat) -> NDArray[np.uint8
     return pixels if channels == 1 else pixels[:, :, :3]
 
 
+def _checked_planes(image: NDArray[np.uint8], yuv: YuvCoding | None) -> NDArray[np.uint8]:
+    if yuv is None:
+        raise DataError(
+            "an I420 frame comes without its coding: say matrix and range (pipeline.artifacts.YuvCoding)"
+        )
+    height, width = (image.shape[0] * 2 // 3, image.shape[1]) if image.ndim == 2 else (0, 0)
+    if image.ndim != 2 or height % 2 or width % 2 or image.shape[0] != height * 3 // 2 or height < _MIN_SIDE:
+        raise DataError(
+            f"an I420 frame has shape {image.shape}; expected 1.5·height×width, both sides even and at least 2"
+        )
+    return np.ascontiguousarray(image)
+
+
+@functools.lru_cache(maxsize=64)
+def _planar(spec: PreprocessSpec, height: int, width: int, yuv: YuvCoding) -> PlanarResampler | None:
+    """What resizes planes of a size; ``None``: they are turned into BGR and take its way."""
+    if spec.resize == "none" or _resampling(spec, height, width) is None:
+        return None
+    resized = resized_hw(height, width, spec)
+    crop = (crop_start(resized[0], spec.input_hw[0]), crop_start(resized[1], spec.input_hw[1]))
+    made = PlanarResampler(spec, (height, width), yuv, resized, crop)
+    return made if made.fits else None
+
+
 @functools.lru_cache(maxsize=64)
 def _resampling(
     spec: PreprocessSpec, height: int, width: int
@@ -186,7 +225,7 @@ def _resampling(
     # Lanczos weights depend on the last bit of a sine; an affine map is not a filter.
     if spec.interpolation not in ("bilinear", "bicubic") or not spec.antialias:
         return None
-    if not resampling.kernel_available():
+    if kernels() is None:
         return None
     resized = resized_hw(height, width, spec)
     if min(resized) < 1:

@@ -6,14 +6,9 @@
 //
 // Called by pipeline/resampling.py, which has made the taps and checked that they lie inside the image.
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "resample.h"
 
-#define HALF (1 << 21)
-#define FRACTION_BITS 22
 #define ROWS 4
-#define LANES 16
 #define PADDING 64  // how far a row is read past its end: less than 16 pixels of four bytes
 
 // GNU C vectors: SSE, AVX2, AVX-512 or NEON where the processor has them, plain code where it does not.
@@ -22,31 +17,9 @@ typedef uint16_t halves16 __attribute__((vector_size(2 * LANES)));
 typedef int32_t words4 __attribute__((vector_size(16)));
 typedef int32_t words16 __attribute__((vector_size(4 * LANES)));
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define FOR_EVERY_CPU
-#endif
-
-// Four byte products and their sum in one instruction: Ice Lake, Zen 4 and later.
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(NO_VNNI)
-#define WITH_VNNI
-#include <immintrin.h>
-#define FOR_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
+#ifdef WITH_VNNI
 #define TAPS_A_VECTOR 16
-#define BYTES_A_WEIGHT 3
 #endif
-
-// For each of `length` positions: the first source position, how many follow, and `width` weights.
-struct taps {
-    const int32_t *first, *count, *weights;
-    int32_t length, width;
-};
-
-static inline uint8_t to_byte(int32_t sum) {
-    const int32_t value = sum >> FRACTION_BITS;
-    return (uint8_t)(value < 0 ? 0 : value > 255 ? 255 : value);
-}
 
 // The weights as `filter_colour_rows` takes them: four taps a vector, each weight four times (three channels and one
 // lane that is thrown away), 0 beyond the last tap.
@@ -110,15 +83,8 @@ static void filter_four_rows(
 }
 
 #ifdef WITH_VNNI
-static int has_vnni(void) {
-    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
-}
-
-// The weights as `filter_four_rows_vnni` takes them. A weight is w0 + 2^8 w1 + 2^16 w2 with signed bytes (its
-// magnitude is below 2^23), and the sum of products with whole weights is the same sum of the three with bytes,
-// modulo 2^32 as every sum here: exact. Each vector of taps has three vectors of bytes; in each, 16 bytes for four
-// taps: theirs for the first channel side by side, then for the second and the third, and four that are 0.
+// The weights as `filter_four_rows_vnni` takes them. Each vector of taps has three vectors of bytes; in each, 16 bytes
+// for four taps: theirs for the first channel side by side, then for the second and the third, and four that are 0.
 static int8_t *spread_bytes(const struct taps *taps) {
     const int n_vectors = (taps->width + TAPS_A_VECTOR - 1) / TAPS_A_VECTOR;
     const size_t n_bytes = (size_t)taps->length * n_vectors * BYTES_A_WEIGHT * 64;
@@ -222,18 +188,6 @@ static void filter_down(
         for (int64_t i = 0; i < n_bytes; ++i) sums[i] += row[i] * weight;
     }
     for (int64_t i = 0; i < n_bytes; ++i) out[i] = to_byte(sums[i]);
-}
-
-// The source positions that any output position uses: [*begin, *end).
-static void extent(const struct taps *taps, int *begin, int *end) {
-    *begin = INT32_MAX;
-    *end = 0;
-    for (int i = 0; i < taps->length; ++i) {
-        if (taps->count[i] == 0) continue;
-        if (taps->first[i] < *begin) *begin = taps->first[i];
-        if (taps->first[i] + taps->count[i] > *end) *end = taps->first[i] + taps->count[i];
-    }
-    if (*end == 0) *begin = 0;
 }
 
 // Columns, then rows.

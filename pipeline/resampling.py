@@ -7,9 +7,10 @@ ours rounds otherwise (lanczos). Which axis comes first depends on Pillow's vers
 by a level, or by twenty where one axis shrinks and the other grows: `rows_first` asks the Pillow that is installed.
 ``nearest`` is the case of one tap.
 
-Two kernels use them: the CUDA kernel of `engines.tensorrt.preprocess`, and `resample` here, in C. It reads a camera's
-buffer as it lies (three or four bytes a pixel, rows apart) and computes the crop alone. Where it was not compiled
-(no C compiler at installation), `pipeline.preprocess` asks Pillow: the same pixels, several times the work.
+Three kernels use them: the CUDA kernel of `engines.tensorrt.preprocess`, and two in C, `resample` here and that of
+`pipeline.planar`. `resample` reads a camera's buffer as it lies (three or four bytes a pixel, rows apart) and computes
+the crop alone. Where they were not compiled (no C compiler at installation), `pipeline.preprocess` asks Pillow: the
+same pixels, several times the work.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ import ctypes
 import functools
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-__all__ = ["Taps", "cropped", "filtered", "identity", "kernel_available", "nearest", "resample", "rows_first"]
+from pipeline.kernels import kernels
+
+__all__ = [
+    "CTaps",
+    "Taps",
+    "cropped",
+    "filtered",
+    "identity",
+    "nearest",
+    "resample",
+    "rows_first",
+]
 
 _FRACTION_BITS = 22
 
@@ -56,17 +67,24 @@ def nearest(size: int, resized: int) -> Taps:
     return Taps(np.minimum(positions.astype(np.int32), size - 1), ones, weights)
 
 
-def filtered(interpolation: Literal["bilinear", "bicubic", "lanczos"]) -> Callable[[int, int], Taps]:
-    """The taps of an axis from its size and the size it is resized to, with antialiasing."""
+def filtered(
+    interpolation: Literal["bilinear", "bicubic", "lanczos"], shift: float = 0.0
+) -> Callable[[int, int], Taps]:
+    """The taps of an axis from its size and the size it is resized to, with antialiasing.
+
+    Args:
+        interpolation: the filter.
+        shift: how far the samples lie before where Pillow has them, in source positions (chroma).
+    """
     function, reach = _FILTERS[interpolation]
 
     def make(size: int, resized: int) -> Taps:
-        if size == resized:  # Pillow leaves such an axis alone
+        if size == resized and not shift:  # Pillow leaves such an axis alone
             return identity(size)
         scale = size / resized
         stretch = max(scale, 1.0)
         support = reach * stretch
-        centers = (np.arange(resized) + 0.5) * scale
+        centers = (np.arange(resized) + 0.5) * scale + shift
         first = np.maximum((centers - support + 0.5).astype(np.int64), 0)
         last = np.minimum((centers + support + 0.5).astype(np.int64), size)
         offsets = np.arange(math.ceil(support) * 2 + 1)
@@ -131,8 +149,8 @@ def _pillow_orders_by_size() -> bool:
     return int(np.asarray(image.resize((6, 1), Image.Resampling.BICUBIC)).max()) > 128
 
 
-class _CTaps(ctypes.Structure):
-    """``struct taps`` of ``resample.c``."""
+class CTaps(ctypes.Structure):
+    """``struct taps`` of ``resample.h``; keeps its tables in memory."""
 
     _fields_ = (
         ("first", ctypes.c_void_p),
@@ -142,26 +160,15 @@ class _CTaps(ctypes.Structure):
         ("width", ctypes.c_int32),
     )
 
+    def __init__(self, taps: Taps) -> None:
+        self.tables = [np.ascontiguousarray(table, np.int32) for table in taps]
+        super().__init__(*(table.ctypes.data for table in self.tables), *self.tables[2].shape)
 
-@functools.cache
+
 def _kernel() -> Callable[..., int] | None:
     """``edgefold_resample``; ``None`` where it was not compiled."""
-    for path in sorted(Path(__file__).parent.glob("_resample*.so")):
-        try:
-            function = ctypes.CDLL(str(path)).edgefold_resample
-        except (OSError, AttributeError):  # of another machine
-            continue
-        pointer, word = ctypes.c_void_p, ctypes.c_int32
-        image = (pointer, ctypes.c_int64, word, word, word, word)
-        function.argtypes = (*image, pointer, pointer, word, word, pointer)
-        function.restype = ctypes.c_int
-        return function
-    return None
-
-
-def kernel_available() -> bool:
-    """Whether `resample` can be called here."""
-    return _kernel() is not None
+    library = kernels()
+    return None if library is None else library.edgefold_resample
 
 
 def resample(
@@ -204,9 +211,7 @@ def resample(
         )
     kernel = _kernel()
     assert kernel is not None
-    # Named, so that the memory outlives the call.
-    tables = [[np.ascontiguousarray(table, np.int32) for table in taps] for taps in (across, down)]
-    axes = [_CTaps(*(t.ctypes.data for t in table), *table[2].shape) for table in tables]
+    axes = CTaps(across), CTaps(down)
     failed = kernel(
         image.ctypes.data, image.strides[0], image.strides[1], channels, *image.shape[:2],
         ctypes.addressof(axes[0]), ctypes.addressof(axes[1]), vertical_first, reverse, out.ctypes.data,

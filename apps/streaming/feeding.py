@@ -91,10 +91,10 @@ class HostFeeder:
             DataError: no frame that can be prepared.
         """
         if self._takes_pixels:
-            to_network_pixels(frame.image, frame.pixel_format, self._spec, self._color, out=row)
+            to_network_pixels(frame.image, frame.pixel_format, self._spec, self._color, row, frame.yuv)
             return
         # The graph takes the network's own input (a prologue that could not be folded, an imported plan).
-        pixels = to_network_pixels(frame.image, frame.pixel_format, self._spec, self._color)
+        pixels = to_network_pixels(frame.image, frame.pixel_format, self._spec, self._color, yuv=frame.yuv)
         row[...] = normalize(pixels[np.newaxis], self._spec, self._color)[0]
 
     def _array(self, n_images: int) -> NDArray[Any]:

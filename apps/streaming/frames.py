@@ -12,9 +12,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import PixelFormat
+from pipeline.artifacts import PixelFormat, YuvCoding
 
-__all__ = ["as_image", "defect"]
+__all__ = ["as_image", "defect", "picture_hw"]
 
 _FORMATS: dict[tuple[str, int], PixelFormat] = {
     ("RGB", 1): "GRAY",
@@ -49,18 +49,27 @@ def defect(pixels: object) -> str | None:
 
 
 def as_image(
-    pixels: NDArray[np.uint8], color: Literal["RGB", "BGR"]
+    pixels: NDArray[np.uint8], color: Literal["RGB", "BGR"], yuv: YuvCoding | None = None
 ) -> tuple[NDArray[np.uint8], PixelFormat]:
     """Names the format of an array that `defect` accepts, and makes it contiguous (values unchanged).
 
     Args:
         pixels: uint8 (H, W) or (H, W, C).
         color: the order in which the source delivers three channels.
+        yuv: the coding of planes, which lie as a decoder's reader has put them.
 
     Returns:
-        uint8 (H, W) with ``GRAY``, or (H, W, C) with the format of its channels.
+        uint8 (H, W) with ``GRAY``, or (H, W, C) with the format of its channels; (3H/2, W) with ``I420``.
     """
+    if yuv is not None:
+        return np.ascontiguousarray(pixels), "I420"
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]
     return np.ascontiguousarray(pixels), _FORMATS[color, channels]
+
+
+def picture_hw(image: NDArray[np.uint8], pixel_format: PixelFormat) -> tuple[int, int]:
+    """Height and width of the picture that an array of `as_image` holds."""
+    height, width = image.shape[:2]
+    return (height * 2 // 3, width) if pixel_format == "I420" else (height, width)

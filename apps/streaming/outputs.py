@@ -167,4 +167,4 @@ class SourceOutput:
         if self._painter is None:
             self._painter = OverlayPainter()
         frame = answer.frame
-        return self._painter.draw(frame.image, frame.pixel_format, answer.prediction, metrics)
+        return self._painter.draw(frame.image, frame.pixel_format, answer.prediction, metrics, frame.yuv)

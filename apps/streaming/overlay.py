@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from apps.streaming import opencv
 from apps.streaming.metrics import MetricsSnapshot
 from apps.streaming.predictions import Prediction
-from pipeline.artifacts import PixelFormat
+from pipeline.artifacts import PixelFormat, YuvCoding
+from pipeline.yuv import planes_to_bgr
 
 __all__ = ["MIN_CANVAS_HW", "OverlayPainter", "to_bgr"]
 
@@ -29,8 +30,12 @@ _WRONG = (80, 80, 235)
 _STAGE_NAMES = {"preprocess": "prep", "postprocess": "post"}
 
 
-def to_bgr(image: NDArray[np.uint8], pixel_format: PixelFormat) -> NDArray[np.uint8]:
+def to_bgr(
+    image: NDArray[np.uint8], pixel_format: PixelFormat, yuv: YuvCoding | None = None
+) -> NDArray[np.uint8]:
     """uint8 (H, W, 3) BGR for drawing and encoding; a view where the channels already are."""
+    if yuv is not None:
+        return planes_to_bgr(image, yuv)
     if pixel_format == "GRAY":
         return np.repeat(image[:, :, np.newaxis], 3, axis=2)
     return image[:, :, :3] if pixel_format.startswith("BGR") else image[:, :, 2::-1]
@@ -55,9 +60,10 @@ class OverlayPainter:
         pixel_format: PixelFormat,
         prediction: Prediction,
         metrics: MetricsSnapshot | None,
+        yuv: YuvCoding | None = None,
     ) -> NDArray[np.uint8]:
         """A new picture: uint8 (H, W, 3) BGR, even sides (codecs want them); the classes alone without `metrics`."""
-        canvas = self._canvas(to_bgr(image, pixel_format))
+        canvas = self._canvas(to_bgr(image, pixel_format, yuv))
         height, width = canvas.shape[:2]
         unit = max(14, round(height / 30))
         self._draw_classes(canvas, prediction, unit)

@@ -77,8 +77,11 @@ def predict(scores: NDArray[Any], labels: Sequence[str], frame: Frame) -> Predic
             f"{bad} ({labels[bad]!r}); a prediction would be noise. Validate the bundle "
             "(edgefold validate) and rebuild it."
         )
-    # Stable: among equal scores the lowest index wins, as argmax has it in validation.
-    order = np.argsort(-values, kind="stable")[:TOP_K]
     confidence = probabilities(values[np.newaxis])[0]
-    top = tuple(RankedClass(int(i), labels[i], float(confidence[i])) for i in order)
-    return Prediction(frame.source_id, frame.index, frame.timestamp_ns, top, frame.label)
+    left, top = values.copy(), []
+    for _ in range(min(TOP_K, left.size)):
+        # Not a sort of a thousand classes for three of them. Among equal scores the lowest index wins, as in validation.
+        index = int(left.argmax())
+        left[index] = -np.inf
+        top.append(RankedClass(index, labels[index], float(confidence[index])))
+    return Prediction(frame.source_id, frame.index, frame.timestamp_ns, tuple(top), frame.label)

@@ -143,7 +143,7 @@ class SegmentRecorder:
         assert picture is not None
         # Not the frame itself: its image lies in a buffer that goes back to the source.
         if not self._queue.put(
-            replace(frame, image=picture, pixel_format="BGR"), prediction, not self._by_time
+            replace(frame, image=picture, pixel_format="BGR", yuv=None), prediction, not self._by_time
         ):
             self._counts["dropped"] += 1
 

@@ -29,6 +29,7 @@ from engines.tensorrt.runner import TensorRtRunner
 from pipeline.artifacts import Frame, PixelFormat, PreprocessSpec
 from pipeline.contracts import Outputs
 from pipeline.errors import DataError, EngineError
+from pipeline.yuv import planes_to_bgr
 
 __all__ = ["DeviceBatch", "DeviceFeeder"]
 
@@ -109,17 +110,20 @@ class DeviceFeeder:
 
     def _stage(self, slot: _Slot, place: _Place, frame: Frame) -> None:
         """Copy `frame` into the buffers of `slot`, for the kernel of its size and format."""
-        image = frame.image
-        if frame.pixel_format == "GRAY" and isinstance(image, np.ndarray) and image.shape[2:] == (1,):
+        image, pixel_format = frame.image, frame.pixel_format
+        if frame.yuv is not None and pixel_format == "I420":
+            # The kernel takes a decoder's NV12 on the device, and no planes from the host.
+            image, pixel_format = planes_to_bgr(image, frame.yuv), "BGR"
+        if pixel_format == "GRAY" and isinstance(image, np.ndarray) and image.shape[2:] == (1,):
             image = image[:, :, 0]
         shape = image.shape if isinstance(image, np.ndarray) else ()
         if not 2 <= len(shape) <= 3:
             found = f"{image.dtype} {shape}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise DataError(f"a {frame.pixel_format} frame is {found}; expected uint8, height×width×channels")
+            raise DataError(f"a {pixel_format} frame is {found}; expected uint8, height×width×channels")
         with self._lock:
             if self._closed:
                 raise EngineError("this engine is closed; load it again")
-            slot.fill, slot.preprocessor = None, self._preprocessor(shape, frame.pixel_format)
+            slot.fill, slot.preprocessor = None, self._preprocessor(shape, pixel_format)
             slot.preprocessor.check(image)
             self._make_room(slot, place, slot.preprocessor.frame_bytes)
         assert slot.pinned is not None

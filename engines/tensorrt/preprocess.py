@@ -29,8 +29,8 @@ from typing_extensions import Self
 from engines.tensorrt.device import Device, DeviceMemory, Kernel, PinnedMemory, Stream
 from engines.tensorrt.lane import FillInput
 from engines.tensorrt.nvrtc import CompiledKernels, compile_kernels
-from engines.tensorrt.preprocess_plan import CameraFormat, YuvMatrix, bytes_per_pixel, make_plan
-from pipeline.artifacts import PreprocessSpec
+from engines.tensorrt.preprocess_plan import CameraFormat, bytes_per_pixel, make_plan
+from pipeline.artifacts import PreprocessSpec, YuvMatrix
 from pipeline.errors import DataError
 
 __all__ = ["CudaPreprocessor", "DeviceFrame", "LoadedKernels", "preprocess_kernels"]

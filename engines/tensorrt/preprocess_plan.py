@@ -17,18 +17,16 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import PixelFormat, PreprocessSpec
+from pipeline.artifacts import PixelFormat, PreprocessSpec, YuvCoding, YuvMatrix
 from pipeline.errors import DataError
 from pipeline.preprocess import affine, crop_start, resized_hw
 from pipeline.resampling import Taps, cropped, filtered, identity, nearest, rows_first
+from pipeline.yuv import color_factors
 
-__all__ = ["CameraFormat", "KernelPlan", "YuvMatrix", "bytes_per_pixel", "make_plan"]
+__all__ = ["CameraFormat", "KernelPlan", "bytes_per_pixel", "make_plan"]
 
 CameraFormat = PixelFormat | Literal["NV12"]
 """``NV12``: a plane of luma, then one of half the size with U and V in turns; what Jetson's cameras deliver."""
-
-YuvMatrix = Literal["bt601", "bt709"]
-"""How NV12 encodes colour, both in limited range (luma 16 to 235). Cameras and SD video: BT.601; HD video: BT.709."""
 
 _PIXEL_BYTES: dict[str, tuple[int, str]] = {
     "RGB": (3, "RGB"),
@@ -44,23 +42,6 @@ _SHARED_LIMIT_BYTES = 48 << 10
 _TILES_HW = ((8, 32), (4, 32), (4, 16), (2, 16), (2, 8), (1, 8), (1, 4), (1, 1))
 """Output pixels of a block, best first (not timed on a GPU yet). Smaller ones are for frames shrunk so far that the
 source rows of a large tile do not fit into shared memory."""
-
-# Times 2^20: Y, V→R, U→G, V→G, U→B. BT.601 has OpenCV's own integers (1.164, 1.596, −0.391, −0.813, 2.018), so that
-# a frame which `cv2.cvtColor` converts gives the same pixels. BT.709 follows from Kr = 0.2126, Kb = 0.0722 [ITU-R
-# BT.709-6, 3.2 and 3.4] with 219 levels of luma and 224 of chroma.
-_YUV: dict[str, tuple[int, ...]] = {
-    "bt601": (1220542, 1673527, -409993, -852492, 2116026),
-    "bt709": tuple(
-        round(factor * 2**20)
-        for factor in (
-            255 / 219,
-            255 / 224 * 2 * (1 - 0.2126),
-            -255 / 224 * 2 * (1 - 0.0722) * 0.0722 / 0.7152,
-            -255 / 224 * 2 * (1 - 0.2126) * 0.2126 / 0.7152,
-            255 / 224 * 2 * (1 - 0.0722),
-        )
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +74,7 @@ def make_plan(
         pixel_format: of the frames.
         color: the channel order that the graph takes.
         folded: the graph takes uint8 NHWC pixels; else float32, normalized, in ``spec.layout``.
-        yuv: the matrix of NV12 frames.
+        yuv: the matrix of NV12 frames, in limited range (luma 16 to 235). Cameras and SD video: BT.601; HD video: BT.709.
 
     Raises:
         DataError: a format or size that cannot be, or a spec that does not fit the frame; as
@@ -108,7 +89,8 @@ def make_plan(
     tile_h, tile_w, starts, counts, shared_bytes = _tiles(across, down, vertical_first, neighbours, frame_hw)
     scale, shift = affine(spec)
     header = [
-        source_h, source_w, int(pixel_format == "NV12"), *_channels(pixel_format, color), *_YUV[yuv],
+        source_h, source_w, int(pixel_format == "NV12"), *_channels(pixel_format, color),
+        *color_factors(YuvCoding(yuv))[1:],
         target_h, target_w, across[2].shape[1], down[2].shape[1], tile_h, tile_w, int(vertical_first),
         0 if folded else 1 if spec.layout == "NHWC" else 2,
     ]  # fmt: skip

@@ -16,13 +16,14 @@ from bundle_fixtures import make_manifest
 from numpy.typing import NDArray
 from PIL import Image
 
-from pipeline.artifacts import Frame, PreprocessSpec, TensorSpec
+from pipeline.artifacts import Frame, PreprocessSpec, TensorSpec, YuvCoding
 from pipeline.bundle import Bundle, BundleWriter
 from pipeline.contracts import Outputs
 from pipeline.errors import DataError, EngineError, IntegrityError
 from pipeline.golden import LOGITS_LIMIT_DB, check_live_path, golden_logits
 from pipeline.golden_frames import GOLDEN_NAME, golden_to_bytes, make_golden, read_golden
 from pipeline.preprocess import affine, normalize, to_network_pixels
+from pipeline.yuv import planes_of
 
 IMAGENET = PreprocessSpec(
     (75, 75),
@@ -100,7 +101,7 @@ def unfolded(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def pixels_of(frame: Frame, spec: PreprocessSpec = IMAGENET) -> NDArray[np.uint8]:
-    return to_network_pixels(frame.image, frame.pixel_format, spec, "BGR")
+    return to_network_pixels(frame.image, frame.pixel_format, spec, "BGR", yuv=frame.yuv)
 
 
 def floats_of(frame: Frame) -> NDArray[np.float32]:
@@ -114,10 +115,14 @@ def test_the_right_path_is_verified_to_the_bit(folded: Bundle, batched: bool) ->
 
     report = check_live_path(folded, prepare, MeanRunner(IMAGENET))
     assert report.verified
-    assert report.formats == ("BGR", "RGB", "BGRA", "GRAY")
+    assert report.formats == ("BGR", "RGB", "BGRA", "GRAY", "I420")
     assert report.max_levels == 0
+    assert report.planes_levels is not None
+    assert 0 < report.planes_levels < 2.5
     assert report.logits_db == float("inf")
-    assert report.summary().startswith(f"verified {report.checked_utc}: 4 golden frames as BGR RGB BGRA GRAY")
+    assert report.summary().startswith(
+        f"verified {report.checked_utc}: 4 golden frames as BGR RGB BGRA GRAY I420"
+    )
     assert report.to_json()["logits_db"] == "inf"
 
 
@@ -257,7 +262,8 @@ def test_a_format_that_is_refused_is_told_and_one_that_is_misread_fails(folded: 
 
     report = check_live_path(folded, only_bgr, None)
     assert report.formats == ("BGR",)
-    assert report.refused == ("RGB", "BGRA", "GRAY")
+    assert report.refused == ("RGB", "BGRA", "GRAY", "I420")
+    assert report.planes_levels is None
 
     def rgb_for_bgr(frame: Frame) -> NDArray[np.uint8]:
         return to_network_pixels(
@@ -272,6 +278,41 @@ def test_a_format_that_is_refused_is_told_and_one_that_is_misread_fails(folded: 
 
     with pytest.raises(DataError, match="no BGR"):
         check_live_path(folded, nothing, None)
+
+
+def swapped_planes(frame: Frame) -> NDArray[np.uint8]:
+    """U and V in the wrong places."""
+    y, u, v = planes_of(frame.image)
+    return np.concatenate([y.reshape(-1), v.reshape(-1), u.reshape(-1)]).reshape(frame.image.shape)
+
+
+PLANES_MISTAKES: dict[str, tuple[Prepare, str]] = {
+    "colours": (lambda f: pixels_of(f)[..., ::-1], "channels swapped"),
+    "planes": (
+        lambda f: pixels_of(dataclasses.replace(f, image=swapped_planes(f))),
+        "No known mistake|channels swapped",
+    ),
+    "matrix": (
+        lambda f: pixels_of(dataclasses.replace(f, yuv=YuvCoding("bt601", f.yuv.full_range, "center"))),  # type: ignore[union-attr]
+        "right on average",
+    ),
+    "range": (
+        lambda f: pixels_of(dataclasses.replace(f, yuv=YuvCoding(f.yuv.matrix, True, "center"))),  # type: ignore[union-attr]
+        "No known mistake explains it",  # half of the frames have full range, and are right
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", PLANES_MISTAKES)
+def test_a_mistake_with_planes_is_named(folded: Bundle, mistake: str) -> None:
+    """The other formats are right, as where only one source delivers planes."""
+    prepare, named = PLANES_MISTAKES[mistake]
+
+    def wrong_for_planes(frame: Frame) -> NDArray[np.uint8]:
+        return prepare(frame) if frame.pixel_format == "I420" else pixels_of(frame)
+
+    with pytest.raises(IntegrityError, match=rf"as I420\) differs by \d+ levels on average.*({named})"):
+        check_live_path(folded, wrong_for_planes, None)
 
 
 def test_rows_padded_in_a_wider_buffer_are_handed_over(folded: Bundle) -> None:

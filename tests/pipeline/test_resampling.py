@@ -17,11 +17,12 @@ from PIL import Image
 
 from pipeline import preprocess, resampling
 from pipeline.artifacts import PreprocessSpec
+from pipeline.kernels import kernels
 from pipeline.preprocess import to_network_pixels
 from pipeline.resampling import cropped, filtered, identity, resample, rows_first
 
 pytestmark = pytest.mark.skipif(
-    not resampling.kernel_available(), reason="pipeline/resample.c was not compiled (no C compiler)"
+    kernels() is None, reason="pipeline/resample.c was not compiled (no C compiler)"
 )
 
 
@@ -147,6 +148,7 @@ BESIDE_A_GUARD_PAGE = """
 import ctypes, mmap
 import numpy as np
 from pipeline.artifacts import PreprocessSpec
+from pipeline.kernels import kernels
 from pipeline.preprocess import to_network_pixels
 
 PAGE = mmap.PAGESIZE

@@ -42,7 +42,7 @@ from apps.streaming.capture.messages import (
 )
 from apps.streaming.capture.pacing import Pacer, pace_fps
 from apps.streaming.capture.ring import RingWriter
-from apps.streaming.frames import as_image, defect
+from apps.streaming.frames import as_image, defect, picture_hw
 from apps.streaming.queues import DropPolicy
 from apps.streaming.sources import Delivered, ModelClasses, Source, SourceUri
 from pipeline.errors import EdgefoldError, SourceLostError
@@ -151,7 +151,7 @@ class _Capture:
             return
         self._link.pause(self._pacer.delay_s(time.monotonic()))
         timestamp_ns = time.monotonic_ns()
-        image, pixel_format = as_image(delivered.pixels, self._source.color)
+        image, pixel_format = as_image(delivered.pixels, self._source.color, delivered.yuv)
         if self._ring is None or image.nbytes > self._ring.slot_bytes:
             slot = self._new_ring(image.nbytes)
         if slot is None:
@@ -164,7 +164,7 @@ class _Capture:
         if image.ctypes.data != view.ctypes.data:
             np.copyto(view, image)
         self._report_drops()
-        height, width = image.shape[:2]
+        height, width = picture_hw(image, pixel_format)
         self._link.send(
             FrameReady(
                 generation=self._generation,
@@ -172,10 +172,11 @@ class _Capture:
                 height=height,
                 width=width,
                 pixel_format=pixel_format,
+                yuv=delivered.yuv,
                 label=delivered.label,
                 timestamp_ns=timestamp_ns,
                 capture_s=capture_s,
-                fingerprint=fingerprint(view) if self._source.live else 0,
+                fingerprint=fingerprint(view[:height]) if self._source.live else 0,
             )
         )
 

@@ -14,7 +14,7 @@ _COLUMN_STEP = 4
 
 
 def fingerprint(image: NDArray[np.uint8]) -> int:
-    """A checksum over a grid of pixels, 1 to 2³² - 1: equal for identical frames.
+    """A checksum over a grid of pixels (of planes: of the luma), 1 to 2³² - 1: equal for identical frames.
 
     A sensor's noise changes some of them from frame to frame. A still scene that was compressed may
     not, but for a clock in the picture: some 36 rows, every fourth pixel of each, cross its digits

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
-from pipeline.artifacts import PixelFormat
+from pipeline.artifacts import PixelFormat, YuvCoding, YuvMatrix
 from pipeline.errors import Retry
 
 __all__ = [
@@ -35,10 +35,20 @@ __all__ = [
 ]
 
 MAX_MESSAGE_BYTES: Final = 1 << 16
-_FRAME = struct.Struct("<cIHIIBqqdI")
+_FRAME = struct.Struct("<cIHIIBBqqdI")
 _SLOT = struct.Struct("<IH")
 _FRAME_TAG = b"F"
 _FORMATS: Final[tuple[PixelFormat, ...]] = get_args(PixelFormat)
+# What a byte says of planes: its place in this list.
+_CODINGS: Final[tuple[YuvCoding | None, ...]] = (
+    None,
+    *(
+        YuvCoding(matrix, full_range, chroma)
+        for matrix in get_args(YuvMatrix)
+        for full_range in (False, True)
+        for chroma in ("left", "center")
+    ),
+)
 _NO_LABEL = -1
 
 
@@ -58,10 +68,14 @@ class FrameReady:
     capture_s: float
     fingerprint: int
     """Equal for identical pixels, see `apps.streaming.capture.fingerprint`; 0: not taken."""
+    yuv: YuvCoding | None = None
+    """Of ``I420``, and of no other format."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(H, W) of a gray frame, else (H, W, C)."""
+        """(H, W) of a gray frame, (3H/2, W) of planes, else (H, W, C)."""
+        if self.pixel_format == "I420":
+            return (self.height * 3 // 2, self.width)
         channels = {"GRAY": 1, "RGBA": 4, "BGRA": 4}.get(self.pixel_format, 3)
         return (self.height, self.width) if channels == 1 else (self.height, self.width, channels)
 
@@ -136,6 +150,7 @@ def encode(message: Message) -> bytes:
             message.height,
             message.width,
             _FORMATS.index(message.pixel_format),
+            _CODINGS.index(message.yuv),
             _NO_LABEL if message.label is None else message.label,
             message.timestamp_ns,
             message.capture_s,
@@ -153,11 +168,14 @@ def decode(datagram: bytes) -> Message:
     if datagram[:1] == _FRAME_TAG:
         if len(datagram) != _FRAME.size:
             raise ValueError(f"a frame message of {len(datagram)} bytes; it has {_FRAME.size}")
-        _, generation, slot, height, width, form, label, timestamp_ns, capture_s, fingerprint = _FRAME.unpack(
-            datagram
+        _, generation, slot, height, width, form, coding, label, timestamp_ns, capture_s, fingerprint = (
+            _FRAME.unpack(datagram)
         )
         if form >= len(_FORMATS):
             raise ValueError(f"a frame of pixel format {form}; there are {len(_FORMATS)}")
+        planar = _FORMATS[form] == "I420"
+        if coding >= len(_CODINGS) or planar != (coding > 0) or (planar and (height % 2 or width % 2)):
+            raise ValueError(f"a {_FORMATS[form]} frame of {width}×{height} with coding {coding}")
         return FrameReady(
             generation,
             slot,
@@ -168,6 +186,7 @@ def decode(datagram: bytes) -> Message:
             timestamp_ns,
             capture_s,
             fingerprint,
+            _CODINGS[coding],
         )
     try:
         kind, fields = json.loads(datagram)

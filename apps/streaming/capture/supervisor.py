@@ -15,15 +15,14 @@ import functools
 import os
 import random
 import select
-import threading
 import time
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from apps.streaming.capture.child import CaptureTask
-from apps.streaming.capture.health import RestartPolicy, SourceHealth
+from apps.streaming.capture.feed import CaptureFeed
+from apps.streaming.capture.health import RestartPolicy
 from apps.streaming.capture.messages import (
     Alive,
     Dropped,
@@ -35,7 +34,6 @@ from apps.streaming.capture.messages import (
     Opened,
 )
 from apps.streaming.capture.process import CaptureProcess
-from apps.streaming.capture.waiting import WaitingFrames
 from apps.streaming.config import CaptureLimits
 from apps.streaming.contracts import CapturedFrame, SourceStatus
 from apps.streaming.metrics import StreamMetrics
@@ -67,7 +65,7 @@ class _Failure:
     retry: Retry
 
 
-class ProcessFeed:
+class ProcessFeed(CaptureFeed):
     """A `Feed` over capture processes.
 
     Args:
@@ -91,53 +89,23 @@ class ProcessFeed:
         resumes: bool,
         rng: random.Random | None = None,
     ) -> None:
-        self.source_id = source_id
-        self.live = live
-        self.policy = task.policy
-        self.labels: tuple[str, ...] = ()
-        self.notes: list[str] = []
+        super().__init__(source_id, live, task.policy, limits, metrics)
         self._task = task
         self._limits = limits
         self._resumes = resumes
-        self._metrics = metrics
-        self._waiting = WaitingFrames(task.policy, metrics)
         self._restarts = RestartPolicy(limits, rng)
-        self._lock = threading.Lock()
-        self._health = SourceHealth(source_id, limits, time.monotonic_ns())
-        self._failure: EdgefoldError | None = None
         self._index = 0
         self._names: list[str] = []
         self._process: CaptureProcess | None = None
-        self._on_ready: Callable[[], None] = lambda: None
         self._closing = False
-        self._over = False
         self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._thread = threading.Thread(target=self._run, name=f"capture {source_id}"[:40], daemon=True)
 
     # --- the runtime's side -----------------------------------------------------------------------
-
-    def start(self, on_ready: Callable[[], None]) -> None:
-        """See `Feed.start`."""
-        self._on_ready = on_ready
-        self._thread.start()
-
-    def take(self) -> CapturedFrame | None:
-        """See `Feed.take`."""
-        return self._waiting.take()
-
-    @property
-    def exhausted(self) -> bool:
-        """See `Feed.exhausted`."""
-        return self._over and not len(self._waiting)
 
     def status(self) -> SourceStatus:
         """See `Feed.status`."""
         with self._lock:
             return self._health.status()
-
-    def failure(self) -> Exception | None:
-        """See `Feed.failure`."""
-        return self._failure
 
     @property
     def pid(self) -> int | None:
@@ -179,13 +147,6 @@ class ProcessFeed:
                 self._sleep(wait.seconds)
         except Exception as error:
             self._end(EdgefoldError(f"capture of {self.source_id} failed: {type(error).__name__}: {error}"))
-
-    def _end(self, error: EdgefoldError | None) -> None:
-        with self._lock:
-            self._health.ended(time.monotonic_ns(), None if error is None else str(error))
-        self._failure = error
-        self._over = True
-        self._on_ready()
 
     def _sleep(self, seconds: float) -> None:
         poll = select.poll()
@@ -270,7 +231,15 @@ class ProcessFeed:
 
     def _frame(self, process: CaptureProcess, message: FrameReady, pixels: NDArray[np.uint8]) -> None:
         timestamp_ns = message.timestamp_ns
-        frame = Frame(pixels, message.pixel_format, self.source_id, self._index, timestamp_ns, message.label)
+        frame = Frame(
+            pixels,
+            message.pixel_format,
+            self.source_id,
+            self._index,
+            timestamp_ns,
+            message.label,
+            message.yuv,
+        )
         self._index += 1
         self._metrics.frame_read()
         with self._lock:

@@ -6,12 +6,11 @@ import threading
 import time
 from collections.abc import Callable
 
-from apps.streaming.capture.health import SourceHealth
+from apps.streaming.capture.feed import CaptureFeed
 from apps.streaming.capture.pacing import Pacer, pace_fps
-from apps.streaming.capture.waiting import WaitingFrames
 from apps.streaming.config import CaptureLimits
 from apps.streaming.contracts import CapturedFrame, SourceStatus
-from apps.streaming.frames import as_image, defect
+from apps.streaming.frames import as_image, defect, picture_hw
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.queues import DropPolicy
 from apps.streaming.sources import Delivered, Source
@@ -24,7 +23,7 @@ _JOIN_S = 1.9
 _NO_IMAGE_PAUSE_S = 0.01
 
 
-class ThreadFeed:
+class ThreadFeed(CaptureFeed):
     """A `Feed` over a source that is opened and read in one thread.
 
     What fails ends it: our own code does not fail differently when it is tried again. Identical
@@ -52,38 +51,12 @@ class ThreadFeed:
         metrics: StreamMetrics,
         n_buffers: int,
     ) -> None:
-        self.source_id = source_id
-        self.live = live
-        self.policy = policy
-        self.labels: tuple[str, ...] = ()
-        self.notes: list[str] = []
+        super().__init__(source_id, live, policy, limits, metrics)
         self._opener = opener
         self._fps = fps
-        self._metrics = metrics
-        self._waiting = WaitingFrames(policy, metrics)
         self._buffers = threading.Semaphore(n_buffers) if policy == "every" else None
-        self._lock = threading.Lock()
-        self._health = SourceHealth(source_id, limits, time.monotonic_ns())
-        self._failure: Exception | None = None
-        self._on_ready: Callable[[], None] = lambda: None
         self._closing = threading.Event()
         self._reading = False
-        self._over = False
-        self._thread = threading.Thread(target=self._run, name=f"capture {source_id}"[:40], daemon=True)
-
-    def start(self, on_ready: Callable[[], None]) -> None:
-        """See `Feed.start`."""
-        self._on_ready = on_ready
-        self._thread.start()
-
-    def take(self) -> CapturedFrame | None:
-        """See `Feed.take`."""
-        return self._waiting.take()
-
-    @property
-    def exhausted(self) -> bool:
-        """See `Feed.exhausted`."""
-        return self._over and not len(self._waiting)
 
     def status(self) -> SourceStatus:
         """See `Feed.status`."""
@@ -94,10 +67,6 @@ class ThreadFeed:
             elif not self._over:
                 self._health.silent(now_ns)
             return self._health.status()
-
-    def failure(self) -> Exception | None:
-        """See `Feed.failure`."""
-        return self._failure
 
     def close(self) -> None:
         """See `Feed.close`. Called once."""
@@ -110,6 +79,7 @@ class ThreadFeed:
         self._waiting.close()
 
     def _run(self) -> None:
+        failure: EdgefoldError | None = None
         try:
             self._reading = True
             source = self._opener()
@@ -119,15 +89,11 @@ class ThreadFeed:
                 source.close()
                 self.notes = list(source.notes)
         except EdgefoldError as error:
-            self._failure = error
+            failure = error
         except Exception as error:
-            self._failure = EdgefoldError(f"reading {self.source_id} failed: {type(error).__name__}: {error}")
+            failure = EdgefoldError(f"reading {self.source_id} failed: {type(error).__name__}: {error}")
         finally:
-            with self._lock:
-                reason = None if self._failure is None else str(self._failure)
-                self._health.ended(time.monotonic_ns(), reason)
-            self._over = True
-            self._on_ready()
+            self._end(failure)
 
     def _read(self, source: Source) -> None:
         self.labels = source.labels
@@ -164,11 +130,12 @@ class ThreadFeed:
                 self._closing.wait(_NO_IMAGE_PAUSE_S)  # one that fails at once would spin
             return
         self._closing.wait(pacer.delay_s(time.monotonic()))
-        image, pixel_format = as_image(delivered.pixels, source.color)
+        image, pixel_format = as_image(delivered.pixels, source.color, delivered.yuv)
         now_ns = time.monotonic_ns()
-        frame = Frame(image, pixel_format, self.source_id, index, now_ns, delivered.label)
+        frame = Frame(image, pixel_format, self.source_id, index, now_ns, delivered.label, delivered.yuv)
+        height, width = picture_hw(image, pixel_format)
         with self._lock:
-            self._health.frame(now_ns, (image.shape[1], image.shape[0]), 0)
+            self._health.frame(now_ns, (width, height), 0)
         self._waiting.put(CapturedFrame(frame, self._give_back, capture_s))
         self._on_ready()
 

@@ -16,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.streaming.sources.network import lost
+from apps.streaming.sources.recorded import Recording
 from apps.streaming.sources.source import DEFAULT_FPS, Delivered
 from apps.streaming.uri_options import MAX_FPS
 from apps.streaming.uris import SourceUri
-from pipeline.errors import DataError, SourceLostError
+from pipeline.errors import SourceLostError
 
 __all__ = ["LiveStream", "RecordedVideo", "V4l2Camera"]
 
-_HALF_MS = 0.5  # time stamps are rounded to the container's time base
 _MAX_SILENT_READS = 3
 
 
@@ -70,23 +70,19 @@ class _Capture:
         return into
 
 
-class RecordedVideo(_Capture):
-    """A video with an end; every frame of it, or of the part that ``t=`` names; again with ``loop``.
+class RecordedVideo(_Capture, Recording):
+    """A video with an end.
 
     Args:
         cv2: the module.
         uri: says what part, and whether to loop.
         labels: of the engine.
         notes: the source's.
-        opener: opens it from the beginning; called again to loop, which works for every container,
-            where seeking backwards does not.
+        opener: opens it from the beginning.
 
     Raises:
-        DataError: nothing in it can be decoded; `read` raises it where ``t=`` begins behind the end.
+        DataError: nothing in it can be decoded.
     """
-
-    live = False
-    self_paced = False
 
     def __init__(
         self,
@@ -101,54 +97,21 @@ class RecordedVideo(_Capture):
         self._begin()
         self._promised = int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT))
 
-    def read(self, into: NDArray[np.uint8] | None = None) -> Delivered | None:
-        """The next frame, or `None` at the end; see `Source.read`."""
-        if not self._grab():
-            if self._ends_here():
-                return None
-            self._capture.release()
-            self._begin()
-            if not self._grab():
-                return None
-        self._in_pass += 1
-        return Delivered(self._retrieve(into))
-
     def _begin(self) -> None:
+        if self._capture is not None:
+            self._capture.release()
         self._adopt(self._opener())
-        self._in_pass = 0
         if self._uri.options.start_s:
             self._capture.set(self._cv2.CAP_PROP_POS_MSEC, 1000 * self._uri.options.start_s)
 
     def _grab(self) -> bool:
-        """Moves to the next frame of the part that is wanted."""
-        options = self._uri.options
-        whole = not options.start_s and options.end_s is None
-        while self._capture.grab():
-            if whole:
-                return True
-            at_ms = self._capture.get(self._cv2.CAP_PROP_POS_MSEC)
-            if options.end_s is not None and at_ms >= 1000 * options.end_s - _HALF_MS:
-                return False
-            if at_ms >= 1000 * options.start_s - _HALF_MS:
-                return True
-        return False
+        return bool(self._capture.grab())
 
-    def _ends_here(self) -> bool:
-        """Whether the end of the file is the end of the source; says what was wrong with it."""
-        options = self._uri.options
-        if options.start_s and not self._in_pass:
-            raise DataError(
-                f"{self.source_id} has no frames at {options.start_s:g} s: it is shorter than that"
-            )
-        # Containers may miscount by a frame or two; a file that was cut off misses many.
-        whole = not options.start_s and options.end_s is None
-        if whole and self._in_pass < self._promised - max(2, self._promised // 100):
-            note = (
-                f"the video ended after {self._in_pass} of {self._promised} frames; it is damaged or cut off"
-            )
-            if note not in self.notes:
-                self.notes.append(note)
-        return not options.loop or not self._in_pass
+    def _at_ms(self) -> float:
+        return float(self._capture.get(self._cv2.CAP_PROP_POS_MSEC))
+
+    def _deliver(self, into: NDArray[np.uint8] | None) -> Delivered:
+        return Delivered(self._retrieve(into))
 
 
 class LiveStream(_Capture):

@@ -1,7 +1,8 @@
 """Opens a source of any kind, by the back-end that reads it best on this machine.
 
 Recordings, RTSP and HTTP: GStreamer with NVIDIA's decoder where the installed OpenCV and the machine
-have both (a Jetson), else FFmpeg, else GStreamer in software. CSI cameras and pipelines: GStreamer.
+have both (a Jetson), else FFmpeg, else GStreamer in software. Video files: PyAV before OpenCV's FFmpeg, where it is
+installed and hands over planes (`open_planar`). CSI cameras and pipelines: GStreamer.
 MJPEG over HTTP: `MjpegStream`. Network sources are asked what they are first (`probe_rtsp`, `ask_http`).
 """
 
@@ -21,6 +22,7 @@ from apps.streaming.sources.captures import LiveStream, RecordedVideo, V4l2Camer
 from apps.streaming.sources.http import ask_http
 from apps.streaming.sources.mjpeg import MjpegStream
 from apps.streaming.sources.network import lost
+from apps.streaming.sources.planar import open_planar
 from apps.streaming.sources.rtsp import probe_rtsp
 from apps.streaming.sources.source import DEFAULT_FPS, ModelClasses, Source
 from apps.streaming.uri_options import MAX_FPS
@@ -65,9 +67,13 @@ def open_source(uri: SourceUri, classes: ModelClasses, fps: float | None = None)
         raise UsageError(
             f"--fps sets the rate of a synthetic camera or an image folder; {uri.shown} has its own"
         )
-    cv2 = opencv.load(f"reading {uri.shown}")
     notes: list[str] = []
     labels = classes.named(None, notes)
+    if _may_be_planar(uri):
+        video = open_planar(uri, labels, notes)
+        if video is not None:
+            return video
+    cv2 = opencv.load(f"reading {uri.shown}")
     if uri.kind == "v4l2":
         return V4l2Camera(cv2, uri, labels, notes)
     if uri.kind == "csi":
@@ -80,6 +86,14 @@ def open_source(uri: SourceUri, classes: ModelClasses, fps: float | None = None)
     if uri.live:
         return LiveStream(cv2, uri, labels, notes, _open(cv2, uri))
     return RecordedVideo(cv2, uri, labels, notes, lambda: _open(cv2, uri))
+
+
+def _may_be_planar(uri: SourceUri) -> bool:
+    """Whether neither the user nor the machine has something better for a video file than PyAV."""
+    options = uri.options
+    if uri.kind != "video" or options.backend is not None or options.decoder == "hardware":
+        return False
+    return options.decoder == "software" or not pipelines.has_element(pipelines.HARDWARE_DECODER)
 
 
 def _open(cv2: ModuleType, uri: SourceUri) -> Any:

@@ -9,6 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.artifacts import YuvCoding
+
 __all__ = ["DEFAULT_FPS", "Delivered", "ModelClasses", "Source"]
 
 DEFAULT_FPS = 30.0
@@ -20,6 +22,8 @@ class Delivered:
 
     pixels: Any
     label: int | None = None
+    yuv: YuvCoding | None = None
+    """`pixels` are ``I420`` planes, and this their coding; else they have channels in the source's `color`."""
 
 
 @dataclass(frozen=True, slots=True)

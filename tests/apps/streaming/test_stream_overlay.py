@@ -4,11 +4,14 @@ import sys
 
 import numpy as np
 import pytest
+from tolerances import YUV_ROUNDING_LEVELS
 
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.overlay import MIN_CANVAS_HW, OverlayPainter, to_bgr
 from apps.streaming.predictions import Prediction, RankedClass
+from pipeline.artifacts import YuvCoding
 from pipeline.errors import UnsupportedError
+from pipeline.yuv import rgb_to_planes
 
 
 def prediction(confidence: float = 0.8, truth: int | None = None, label: str = "stop") -> Prediction:
@@ -70,6 +73,14 @@ def test_colours_are_right_for_every_format(pixel_format: str, pixel: tuple[int,
 def test_gray_is_shown_gray() -> None:
     np.testing.assert_array_equal(draw(np.full((480, 640), 77, np.uint8), "GRAY")[210, 630], (77, 77, 77))
     assert to_bgr(np.zeros((4, 5), np.uint8), "GRAY").shape == (4, 5, 3)
+
+
+def test_planes_are_shown_in_their_colours() -> None:
+    coding = YuvCoding("bt709", True)
+    image = np.full((480, 640, 3), (200, 100, 50), np.uint8)
+    planes = rgb_to_planes(image, coding)
+    canvas = OverlayPainter().draw(planes, "I420", prediction(), metrics().snapshot(), coding)
+    np.testing.assert_allclose(canvas[210, 630], (50, 100, 200), atol=YUV_ROUNDING_LEVELS)
 
 
 def green_pixels(canvas: np.ndarray) -> int:

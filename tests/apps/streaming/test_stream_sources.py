@@ -15,6 +15,7 @@ from apps.streaming.sources import ModelClasses, Source, open_source, parse_sour
 from apps.streaming.uri_options import SourceOptions
 from pipeline.errors import DataError, SourceLostError, UnsupportedError, UsageError
 from pipeline.synthetic import CLASS_NAMES, SyntheticCamera
+from pipeline.yuv import planes_to_bgr
 
 
 def classes(*names: str) -> ModelClasses:
@@ -27,6 +28,19 @@ def write_video(path: Path, n_frames: int = 12, fps: float = 25.0, hw: tuple[int
         writer.write(np.full((*hw, 3), (10 * index, 100, 200), np.uint8))
     writer.release()
     return path
+
+
+@pytest.fixture(params=["av", "opencv"])
+def reader(request: pytest.FixtureRequest) -> str:
+    """Options that have a video file read by PyAV, which is tried first, or by OpenCV."""
+    if request.param == "opencv":
+        return "backend=ffmpeg"
+    pytest.importorskip("av", reason="needs PyAV")
+    return "decoder=software"
+
+
+def bgr(delivered: sources.Delivered) -> Any:
+    return delivered.pixels if delivered.yuv is None else planes_to_bgr(delivered.pixels, delivered.yuv)
 
 
 def write_images(folder: Path, classes: tuple[str, ...], per_class: int = 2) -> Path:
@@ -103,21 +117,23 @@ def test_a_video_keeps_its_own_rate(tmp_path: Path) -> None:
         open_source(uri, classes("ant"), fps=10)
 
 
-def test_a_video_file_is_read_to_its_end(tmp_path: Path) -> None:
-    source = open_source(parse_source(str(write_video(tmp_path / "film.mp4", 12, 12.5))), classes("ant"))
+def test_a_video_file_is_read_to_its_end(tmp_path: Path, reader: str) -> None:
+    film = write_video(tmp_path / "film.mp4", 12, 12.5)
+    source = open_source(parse_source(f"{film}#{reader}"), classes("ant"))
     assert (source.live, source.color, source.fps) == (False, "BGR", 12.5)
     frames = drain(source)
     assert len(frames) == 12
-    assert all(frame.pixels.shape == (48, 64, 3) and frame.label is None for frame in frames)
-    assert abs(int(frames[5].pixels[24, 32, 0]) - 50) < 12  # blue is the channel that grows: BGR
+    assert all(bgr(frame).shape == (48, 64, 3) and frame.label is None for frame in frames)
+    assert all((frame.yuv is not None) == (reader != "backend=ffmpeg") for frame in frames)
+    assert abs(int(bgr(frames[5])[24, 32, 0]) - 50) < 12  # blue is the channel that grows: BGR
     assert source.notes == []
 
 
-def test_a_cut_off_video_is_noted(tmp_path: Path) -> None:
+def test_a_cut_off_video_is_noted(tmp_path: Path, reader: str) -> None:
     whole = write_video(tmp_path / "film.avi", 60)
     data = whole.read_bytes()
     (tmp_path / "cut.avi").write_bytes(data[: len(data) // 2])
-    source = open_source(parse_source(str(tmp_path / "cut.avi")), classes("ant"))
+    source = open_source(parse_source(f"{tmp_path / 'cut.avi'}#{reader}"), classes("ant"))
     assert len(drain(source)) < 58
     assert "damaged or cut off" in source.notes[0]
 
@@ -299,6 +315,7 @@ def test_without_opencv_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.
     film = write_video(tmp_path / "film.mp4", 2)
     folder = write_images(tmp_path / "data", ("ant",))
     monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(UnsupportedError, match=r"pip install edgefold\[opencv\].*apt install python3-opencv"):
         open_source(parse_source(str(film)), classes("ant"))
     assert len(drain(open_source(parse_source(str(folder)), classes("ant")))) == 2
@@ -316,7 +333,7 @@ def numbered_film(path: Path, n_frames: int = 40, fps: float = 10.0) -> Path:
 
 
 def numbers(frames: list[sources.Delivered]) -> list[int]:
-    return [int("".join(str(int(bar > 127)) for bar in frame.pixels[24, 8::16, 0]), 2) for frame in frames]
+    return [int("".join(str(int(bar > 127)) for bar in bgr(frame)[24, 8::16, 0]), 2) for frame in frames]
 
 
 @pytest.mark.parametrize(
@@ -329,31 +346,34 @@ def numbers(frames: list[sources.Delivered]) -> list[int]:
         ("t=0.05,0.25", 1, 2),
     ],
 )
-def test_a_part_of_a_video_is_cut_to_the_frame(tmp_path: Path, options: str, first: int, last: int) -> None:
+def test_a_part_of_a_video_is_cut_to_the_frame(
+    tmp_path: Path, options: str, first: int, last: int, reader: str
+) -> None:
     film = numbered_film(tmp_path / "film.mp4")
-    source = open_source(parse_source(f"{film}#{options}"), classes("ant"))
+    source = open_source(parse_source(f"{film}#{options}&{reader}"), classes("ant"))
     assert numbers(drain(source)) == list(range(first, last + 1))
     assert source.notes == []
 
 
-def test_a_part_behind_the_end_is_an_error_and_loops_do_not_spin(tmp_path: Path) -> None:
+def test_a_part_behind_the_end_is_an_error_and_loops_do_not_spin(tmp_path: Path, reader: str) -> None:
     film = numbered_film(tmp_path / "film.mp4")
-    source = open_source(parse_source(f"{film}#t=60&loop"), classes("ant"))
+    source = open_source(parse_source(f"{film}#t=60&loop&{reader}"), classes("ant"))
     with pytest.raises(DataError, match="no frames at 60 s: it is shorter"):
         source.read()
 
 
-def test_a_part_of_a_video_loops(tmp_path: Path) -> None:
+def test_a_part_of_a_video_loops(tmp_path: Path, reader: str) -> None:
     film = numbered_film(tmp_path / "film.mp4")
-    source = open_source(parse_source(f"{film}#t=1,1.3&loop"), classes("ant"))
+    source = open_source(parse_source(f"{film}#t=1,1.3&loop&{reader}"), classes("ant"))
     assert not source.live
     assert numbers([source.read() for _ in range(8)]) == [10, 11, 12, 10, 11, 12, 10, 11]  # type: ignore[misc]
     source.close()
 
 
-def test_a_video_is_decoded_into_the_array_given(tmp_path: Path) -> None:
-    source = open_source(parse_source(str(numbered_film(tmp_path / "film.mp4"))), classes("ant"))
-    slot = np.zeros((48, 96, 3), np.uint8)
+def test_a_video_is_decoded_into_the_array_given(tmp_path: Path, reader: str) -> None:
+    film = numbered_film(tmp_path / "film.mp4")
+    source = open_source(parse_source(f"{film}#{reader}"), classes("ant"))
+    slot = np.zeros((48, 96, 3) if reader == "backend=ffmpeg" else (72, 96), np.uint8)
     for index in range(3):
         delivered = source.read(into=slot)
         assert delivered is not None

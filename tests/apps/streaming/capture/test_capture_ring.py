@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,8 +22,14 @@ from apps.streaming.capture.messages import (
     encode,
 )
 from apps.streaming.capture.ring import RingReader, RingWriter
+from pipeline.artifacts import YuvCoding
 
 FRAME = FrameReady(3, 5, 1080, 1920, "BGR", None, 123456789012345, 0.004, 0xFFFFFFFF)
+PLANES = [
+    YuvCoding("bt601", False, "left"),
+    YuvCoding("bt709", False, "center"),
+    YuvCoding("bt709", True, "left"),
+]
 
 
 def test_what_is_written_is_read_and_outlives_both_sides() -> None:
@@ -75,6 +82,7 @@ def test_a_ring_that_is_not_what_it_claims_is_refused() -> None:
     "message",
     [
         FRAME,
+        *(replace(FRAME, pixel_format="I420", yuv=coding) for coding in PLANES),
         RingReady(1, 8, 6_220_800),
         Labels(("a", "b")),
         Opened(29.97, ("note",)),
@@ -92,6 +100,10 @@ def test_a_message_survives_its_datagram(message: Message) -> None:
     [
         b"F123",
         encode(FRAME).replace(b"F", b"F", 1)[:15] + b"\xff" + encode(FRAME)[16:],
+        encode(replace(FRAME, pixel_format="I420")),
+        encode(replace(FRAME, yuv=PLANES[0])),
+        encode(replace(FRAME, pixel_format="I420", yuv=PLANES[0], height=1079)),
+        encode(replace(FRAME, pixel_format="I420", yuv=PLANES[0])).replace(b"\x05\x01", b"\x05\x09"),
         b"{}",
         b'["Opened", {"fps": "fast", "notes": []}]',
         b'["Opened", {"fps": NaN, "notes": []}]',
@@ -105,6 +117,11 @@ def test_a_message_survives_its_datagram(message: Message) -> None:
 def test_nonsense_is_refused(datagram: bytes) -> None:
     with pytest.raises(ValueError, match=r"frame|message"):
         decode(datagram)
+
+
+def test_the_shape_of_planes() -> None:
+    assert replace(FRAME, pixel_format="I420", yuv=PLANES[0]).shape == (1620, 1920)
+    assert (FRAME.shape, replace(FRAME, pixel_format="GRAY").shape) == ((1080, 1920, 3), (1080, 1920))
 
 
 def test_a_fingerprint_sees_one_digit_change() -> None:

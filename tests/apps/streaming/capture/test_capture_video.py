@@ -13,26 +13,33 @@ import pytest
 from apps.streaming.capture import open_feed
 from apps.streaming.config import CaptureLimits, SourceConfig
 from apps.streaming.metrics import StreamMetrics
-from apps.streaming.sources import ModelClasses, parse_source
+from apps.streaming.sources import ModelClasses, open_source, parse_source
 
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="capture processes need Linux")
 @pytest.mark.parametrize("killed", [False, True])
-def test_frames_are_those_of_the_file_even_if_capture_is_killed(tmp_path: Path, killed: bool) -> None:
+@pytest.mark.parametrize("planar", [False, True])
+def test_frames_are_those_of_the_file_even_if_capture_is_killed(
+    tmp_path: Path, killed: bool, planar: bool
+) -> None:
+    if planar:
+        pytest.importorskip("av", reason="needs PyAV")
     path = tmp_path / "clip.avi"
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 30.0, (160, 120))
     rng = np.random.default_rng(0)
     for _ in range(40):
         writer.write(np.kron(rng.integers(0, 256, (6, 8, 3), np.uint8), np.ones((20, 20, 1), np.uint8)))
     writer.release()
-    reader = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
-    expected = [reader.read()[1] for _ in range(40)]
+    uri = parse_source(str(path) if planar else f"{path}#backend=ffmpeg")
+    here = open_source(uri, ModelClasses((), 3))
+    expected = [here.read() for _ in range(40)]
+    here.close()
 
     metrics = StreamMetrics()
     limits = CaptureLimits(backoff_s=(0.01, 0.01))
-    feed = open_feed(SourceConfig(str(path)), parse_source(str(path)), ModelClasses((), 3), limits, metrics)
+    feed = open_feed(SourceConfig(str(path)), uri, ModelClasses((), 3), limits, metrics)
     feed.start(lambda: None)
     deadline_s = time.monotonic() + 30
     index = 0
@@ -43,7 +50,9 @@ def test_frames_are_those_of_the_file_even_if_capture_is_killed(tmp_path: Path, 
             time.sleep(0.001)
             continue
         assert captured.frame.index == index
-        np.testing.assert_array_equal(captured.frame.image, expected[index])
+        assert captured.frame.pixel_format == ("I420" if planar else "BGR")
+        assert captured.frame.yuv == expected[index].yuv
+        np.testing.assert_array_equal(captured.frame.image, expected[index].pixels)
         metrics.frame_inferred(None)
         captured.release()
         index += 1
@@ -52,6 +61,7 @@ def test_frames_are_those_of_the_file_even_if_capture_is_killed(tmp_path: Path, 
     assert index == 40
     assert feed.failure() is None
     assert feed.status().restarts == killed
+    assert feed.status().size_wh == (160, 120)
     feed.close()
     snapshot = metrics.snapshot()
     assert snapshot.frames_read == 40
