@@ -14,7 +14,7 @@ $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("edgefold needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -e '.[build,opencv,onnxruntime,tensorrt-rtx,serve,mqtt,dev]'
+	$(BIN)/python -m pip install --quiet -e '.[build,opencv,av,onnxruntime,tensorrt-rtx,serve,mqtt,dev]'
 	touch $@
 
 demo: $(INSTALLED)
