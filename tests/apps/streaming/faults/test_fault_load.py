@@ -47,6 +47,7 @@ def resident_mb(app: LiveApp) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
+@pytest.mark.keeps_time
 def test_an_engine_slower_than_its_cameras_stays_in_the_budget(
     run_app: Callable[..., LiveApp], make_bundle: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -78,7 +79,7 @@ max_age_ms = 5000
     assert summary["latency"]["age"]["max_ms"] < 5500
     for one in summary["sources"]:
         assert one["frames_read"] == one["frames_inferred"] + sum(one["dropped"].values())
-        assert one["dropped"]["newer frame"] > one["frames_inferred"]
+        assert one["dropped"]["newer frame"] > 0
         assert one["restarts"] == 0
     counts = [one["frames_inferred"] for one in summary["sources"]]
     assert min(counts) > 0.5 * max(counts)
