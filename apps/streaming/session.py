@@ -60,6 +60,7 @@ def run_stream(
     cache_dir: Path | None = None,
     display: StreamDisplay | None = None,
     open_feed: FeedOpener | None = None,
+    on_running: Callable[[], None] = lambda: None,
 ) -> StreamSummary:
     """Streams sources through a bundle's engine until they end, a limit, or SIGINT or SIGTERM.
 
@@ -71,6 +72,7 @@ def run_stream(
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
         display: what the terminal shows meanwhile.
         open_feed: how sources are captured.
+        on_running: called when everything is open, before the first frame.
 
     Returns:
         Counters, latencies and, where a source knows the truth, the accuracy.
@@ -81,7 +83,10 @@ def run_stream(
         IntegrityError: the bundle is not what its manifest says, or the golden frames came out wrong.
         EngineError, DeviceFaultError: the engine failed.
     """
-    return StreamSession(config, cache_dir=cache_dir, display=display, open_feed=open_feed).run()
+    session = StreamSession(
+        config, cache_dir=cache_dir, display=display, open_feed=open_feed, on_running=on_running
+    )
+    return session.run()
 
 
 class StreamSession:
@@ -94,6 +99,7 @@ class StreamSession:
         cache_dir: Path | None = None,
         display: StreamDisplay | None = None,
         open_feed: FeedOpener | None = None,
+        on_running: Callable[[], None] = lambda: None,
     ) -> None:
         """Checks the options; opens nothing.
 
@@ -104,6 +110,7 @@ class StreamSession:
         self._config = config
         self._display = display or StreamDisplay()
         self._open_feed = open_feed
+        self._on_running = on_running
         self._cache_dir = cache_dir
         self._sources: list[RuntimeFeed] = []
         self._outputs: dict[str, SourceOutput] = {}
@@ -151,6 +158,7 @@ class StreamSession:
             stack.enter_context(self._display)
             self._started_s = time.monotonic()
             with _signals(self._runtime.request_stop, self._hang_up), _closing(outputs):
+                self._on_running()
                 self._notifier.ready(f"{len(self._sources)} sources, {engine.engine} {engine.precision}")
                 ended = self._runtime.run(self._take, self._tick)
                 seconds = time.monotonic() - self._started_s
