@@ -35,10 +35,11 @@ def keep_one_arena() -> None:
 
 
 def give_back_freed() -> None:
-    """Gives the pages of what was freed back to the system: after something large that is rare, such as a reload.
+    """Gives the pages of what was freed back to the system.
 
-    Takes a millisecond or two, in which other threads that allocate wait. Of other arenas than the first, glibc 2.36
-    gives back less.
+    What a reload or a burst of clients leaves would otherwise be kept for the next one, and the process be as large as
+    the sum of all that ever happened in it. Takes a millisecond, in which other threads that allocate wait. Of
+    arenas other than the first, glibc 2.36 does not give back the end.
     """
     libc = _glibc()
     if libc is not None:
