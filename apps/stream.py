@@ -27,6 +27,7 @@ from apps.streaming.config import (
     StreamConfig,
 )
 from apps.streaming.display import choose_display
+from apps.streaming.memory import keep_one_arena, set_start_up_aside
 from apps.streaming.session import StreamSummary, run_stream
 from pipeline.errors import DeviceFaultError, UsageError
 
@@ -175,6 +176,7 @@ def stream_command(
     ] = False,
 ) -> None:
     """Classify streams of frames until they end, or until Ctrl-C or SIGTERM; SIGHUP loads the bundle anew."""
+    keep_one_arena()
     asked = _config(
         config,
         bundle=bundle,
@@ -205,6 +207,7 @@ def stream_command(
             asked,
             cache_dir=cache_dir("engines"),
             display=choose_display(title, json_output or asked.log_json),
+            on_running=set_start_up_aside,
         )
     except DeviceFaultError as error:
         # A device that hangs holds threads that never end, and a normal exit would wait for them.

@@ -15,7 +15,7 @@ from apps.streaming.config import (
 )
 from pipeline.errors import UsageError
 
-__all__ = ["Problem", "check_config", "find_problem"]
+__all__ = ["Problem", "check_config", "check_options", "find_problem"]
 
 _MAX_FPS = 1000.0
 _MQTT_SCHEMES = ("mqtt://", "mqtts://")
@@ -30,6 +30,21 @@ def check_config(config: StreamConfig) -> None:
     if problem is not None:
         where, what = problem
         raise UsageError(f"{'.'.join(map(str, where))}: {what}")
+
+
+def check_options(config: StreamConfig) -> None:
+    """As `check_config`, but what a command line may get wrong by the name of its option."""
+    if not config.sources:
+        raise UsageError("there is nothing to stream; give --source")
+    for option, count in (("--max-frames", config.max_frames), ("--streams", config.streams)):
+        if count is not None and count < 1:
+            raise UsageError(f"{option} {count} leaves nothing to do; give at least 1")
+    if config.max_batch < 1:
+        raise UsageError(f"--batch {config.max_batch} leaves nothing to do; give at least 1")
+    for option, value in (("--max-seconds", config.max_seconds), ("--max-age", config.max_age_ms)):
+        if value is not None and not value > 0:
+            raise UsageError(f"{option} {value:g} leaves nothing to do; give more than 0")
+    check_config(config)
 
 
 def find_problem(config: StreamConfig) -> Problem | None:

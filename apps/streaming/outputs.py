@@ -7,14 +7,14 @@ page that is due one. It is a new array, so the frame's buffer goes back to its 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from apps.streaming.config import EventConfig, RecordConfig
+from apps.streaming.config import EventConfig, RecordConfig, StreamConfig
 from apps.streaming.contracts import Event, EventOutput, PictureHub
 from apps.streaming.metrics import MetricsSnapshot
 from apps.streaming.overlay import OverlayPainter
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from apps.streaming.events import EventTracker
     from apps.streaming.recording import SegmentRecorder
 
-__all__ = ["SourceOutput"]
+__all__ = ["SourceOutput", "open_event_outputs"]
 
 
 class SourceOutput:
@@ -168,3 +168,21 @@ class SourceOutput:
             self._painter = OverlayPainter()
         frame = answer.frame
         return self._painter.draw(frame.image, frame.pixel_format, answer.prediction, metrics, frame.yuv)
+
+
+def open_event_outputs(config: StreamConfig, source_ids: Sequence[str]) -> Iterator[tuple[str, EventOutput]]:
+    """What events are written or sent to, each with its name in the metrics; opened as it is asked for, so that the
+    caller can close those before one that fails.
+
+    Raises:
+        UsageError: a file that cannot be written, or a wrong URL or topic.
+        UnsupportedError: a package is missing.
+    """
+    if config.events is not None and config.events.log is not None:
+        from apps.streaming.events import EventLog
+
+        yield "log", EventLog(config.events.log)
+    if config.mqtt is not None:
+        from apps.streaming.mqtt import MqttPublisher
+
+        yield "mqtt", MqttPublisher(config.mqtt, source_ids)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from apps.streaming.config import CaptureLimits, EventConfig, SourceConfig, StreamConfig
-from apps.streaming.config_check import check_config
+from apps.streaming.config_check import check_options
 from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, StreamView
 from apps.streaming.display import ShownSource, StreamDisplay
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.loading import EngineRequest, LoadedEngine, check_golden, load_engine
+from apps.streaming.memory import give_back_freed
 from apps.streaming.metrics import StreamMetrics
-from apps.streaming.outputs import SourceOutput
+from apps.streaming.outputs import SourceOutput, open_event_outputs
 from apps.streaming.reload import Reloader
 from apps.streaming.runtime import END_OF_SOURCE, Answer, RuntimeLimits, StreamRuntime
 from apps.streaming.scheduling import RuntimeFeed
+from apps.streaming.signals import stream_signals
 from apps.streaming.sinks import PredictionLog, Window, window_obstacle
 from apps.streaming.sources import ModelClasses, SourceUri, parse_source
 from apps.streaming.summary import StreamSummary, summarize
@@ -37,6 +36,7 @@ __all__ = ["FeedOpener", "StreamSession", "StreamSummary", "run_stream"]
 _USER_CLOSED = "window closed"
 _LIVE_MAX_AGE_MS = 1000.0
 _HOUSEKEEPING_S = 0.25
+_GIVE_BACK_S = 30.0
 
 
 class FeedOpener(Protocol):
@@ -60,6 +60,7 @@ def run_stream(
     cache_dir: Path | None = None,
     display: StreamDisplay | None = None,
     open_feed: FeedOpener | None = None,
+    on_running: Callable[[], None] = lambda: None,
 ) -> StreamSummary:
     """Streams sources through a bundle's engine until they end, a limit, or SIGINT or SIGTERM.
 
@@ -71,6 +72,7 @@ def run_stream(
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
         display: what the terminal shows meanwhile.
         open_feed: how sources are captured.
+        on_running: called when everything is open, before the first frame.
 
     Returns:
         Counters, latencies and, where a source knows the truth, the accuracy.
@@ -81,7 +83,10 @@ def run_stream(
         IntegrityError: the bundle is not what its manifest says, or the golden frames came out wrong.
         EngineError, DeviceFaultError: the engine failed.
     """
-    return StreamSession(config, cache_dir=cache_dir, display=display, open_feed=open_feed).run()
+    session = StreamSession(
+        config, cache_dir=cache_dir, display=display, open_feed=open_feed, on_running=on_running
+    )
+    return session.run()
 
 
 class StreamSession:
@@ -94,16 +99,18 @@ class StreamSession:
         cache_dir: Path | None = None,
         display: StreamDisplay | None = None,
         open_feed: FeedOpener | None = None,
+        on_running: Callable[[], None] = lambda: None,
     ) -> None:
         """Checks the options; opens nothing.
 
         Raises:
             UsageError: an option that leaves nothing to do, or contradicts another.
         """
-        _check(config)
+        check_options(config)
         self._config = config
         self._display = display or StreamDisplay()
         self._open_feed = open_feed
+        self._on_running = on_running
         self._cache_dir = cache_dir
         self._sources: list[RuntimeFeed] = []
         self._outputs: dict[str, SourceOutput] = {}
@@ -112,7 +119,7 @@ class StreamSession:
         self._page: PageServer | None = None
         self._hangup = False
         self._reloading = False
-        self._tidied_s = 0.0
+        self._tidied_s = self._given_back_s = 0.0
         self._started_s = time.monotonic()
         self._max_age_ms: float | None = None
 
@@ -150,7 +157,8 @@ class StreamSession:
             )
             stack.enter_context(self._display)
             self._started_s = time.monotonic()
-            with _signals(self._runtime.request_stop, self._hang_up), _closing(outputs):
+            with stream_signals(self._runtime.request_stop, self._hang_up), _closing(outputs):
+                self._on_running()
                 self._notifier.ready(f"{len(self._sources)} sources, {engine.engine} {engine.precision}")
                 ended = self._runtime.run(self._take, self._tick)
                 seconds = time.monotonic() - self._started_s
@@ -257,16 +265,9 @@ class StreamSession:
     def _open_page_and_events(self) -> None:
         config = self._config
         source_ids = [source.feed.source_id for source in self._sources]
-        if config.events is not None and config.events.log is not None:
-            from apps.streaming.events import EventLog
-
-            self._event_outputs["log"] = EventLog(config.events.log)
-            self._closers.append(self._event_outputs["log"].close)
-        if config.mqtt is not None:
-            from apps.streaming.mqtt import MqttPublisher
-
-            self._event_outputs["mqtt"] = MqttPublisher(config.mqtt, source_ids)
-            self._closers.append(self._event_outputs["mqtt"].close)
+        for name, output in open_event_outputs(config, source_ids):
+            self._event_outputs[name] = output
+            self._closers.append(output.close)
         if config.serve is not None:
             from apps.streaming.logs import log_event
             from apps.streaming.serve import PageServer
@@ -324,6 +325,9 @@ class StreamSession:
         if now_s - self._tidied_s < _HOUSEKEEPING_S:
             return
         self._tidied_s = now_s
+        if now_s - self._given_back_s >= _GIVE_BACK_S:
+            self._given_back_s = now_s
+            give_back_freed()
         if self._reloading and not self._reloader.busy:
             self._reloading = False
             self._notifier.ready()
@@ -395,21 +399,6 @@ def _capture_feed() -> FeedOpener:
     return opener
 
 
-def _check(config: StreamConfig) -> None:
-    """What the command line may get wrong by the name of its option, then everything else."""
-    if not config.sources:
-        raise UsageError("there is nothing to stream; give --source")
-    for option, count in (("--max-frames", config.max_frames), ("--streams", config.streams)):
-        if count is not None and count < 1:
-            raise UsageError(f"{option} {count} leaves nothing to do; give at least 1")
-    if config.max_batch < 1:
-        raise UsageError(f"--batch {config.max_batch} leaves nothing to do; give at least 1")
-    for option, value in (("--max-seconds", config.max_seconds), ("--max-age", config.max_age_ms)):
-        if value is not None and not value > 0:
-            raise UsageError(f"{option} {value:g} leaves nothing to do; give more than 0")
-    check_config(config)
-
-
 @contextmanager
 def _closing(outputs: Sequence[SourceOutput]) -> Iterator[None]:
     """Closes all outputs, after an error too: what was recorded up to then is kept, and playable. All are
@@ -420,33 +409,6 @@ def _closing(outputs: Sequence[SourceOutput]) -> Iterator[None]:
         for output in outputs:
             stack.callback(output.stop)
         yield
-
-
-@contextmanager
-def _signals(request_stop: Callable[[str], None], hang_up: Callable[[], None]) -> Iterator[None]:
-    """SIGHUP asks for a reload; the first SIGINT or SIGTERM for a clean end, the second ends the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen = False
-
-    def handle(number: int, _: object) -> None:
-        nonlocal seen
-        if number == signal.SIGHUP:
-            hang_up()
-            return
-        if seen:
-            os._exit(128 + number)
-        seen = True
-        request_stop(signal.Signals(number).name)
-
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    previous = {number: signal.signal(number, handle) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _reasons(dropped: dict[str, int]) -> str:

@@ -15,20 +15,13 @@ from apps.streaming.queues import DropPolicy
 from apps.streaming.scheduling import RuntimeFeed
 from pipeline.validation_meter import AccuracyFigures
 
-__all__ = ["SourceSummary", "StreamSummary", "summarize"]
+__all__ = ["FrameCounts", "SourceSummary", "StreamSummary", "summarize"]
 
 
 @dataclass(frozen=True, slots=True)
-class SourceSummary:
-    """What became of one source. ``frames_read = frames_inferred + sum(dropped)``."""
+class FrameCounts:
+    """What became of frames, of one source or of all. ``frames_read = frames_inferred + sum(dropped)``."""
 
-    source: str
-    policy: DropPolicy
-    state: str
-    """At the end, see `apps.streaming.contracts.SourceState`."""
-    reason: str | None
-    """Why it was not live."""
-    restarts: int
     fps: float
     """Inferred frames a second, over the whole run."""
     frames_read: int
@@ -38,11 +31,10 @@ class SourceSummary:
     labelled: int
     correct: int
     accuracy: AccuracyFigures | None
-    """Of the labelled frames: top-1 with its interval, top-k, calibration of confidence."""
+    """Of the labelled frames: top-1 with its interval, top-k, calibration of confidence. Of one source; ``None`` over
+    several."""
     latency: dict[str, LatencySummary]
     """By stage, see `apps.streaming.metrics.STAGES`."""
-    recording: str | None
-    notes: tuple[str, ...]
 
     @property
     def top1(self) -> float | None:
@@ -51,8 +43,23 @@ class SourceSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class StreamSummary:
-    """What a stream did, over all its sources. ``frames_read = frames_inferred + sum(dropped)``."""
+class SourceSummary(FrameCounts):
+    """One source."""
+
+    source: str
+    policy: DropPolicy
+    state: str
+    """At the end, see `apps.streaming.contracts.SourceState`."""
+    reason: str | None
+    """Why it was not live."""
+    restarts: int
+    recording: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSummary(FrameCounts):
+    """All sources of a stream."""
 
     bundle: str
     """That inferred last."""
@@ -65,15 +72,6 @@ class StreamSummary:
     ended: str
     """``end of source``, ``time limit``, ``frame limit``, ``window closed``, or a signal's name."""
     seconds: float
-    fps: float
-    frames_read: int
-    frames_inferred: int
-    dropped: dict[str, int]
-    labelled: int
-    correct: int
-    accuracy: AccuracyFigures | None
-    """Of a single source; those of several are in `sources`."""
-    latency: dict[str, LatencySummary]
     recording: str | None
     """Of a single source."""
     predictions: str | None
@@ -86,11 +84,6 @@ class StreamSummary:
     """What the golden frames found."""
     sources: tuple[SourceSummary, ...]
     notes: tuple[str, ...]
-
-    @property
-    def top1(self) -> float | None:
-        """Share of labelled frames classified right, in [0, 1]; ``None`` without labels."""
-        return self.correct / self.labelled if self.labelled else None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-compatible values."""
