@@ -20,6 +20,7 @@ from pathlib import Path
 
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.loading import LoadedEngine
+from apps.streaming.memory import give_back_freed
 from pipeline.errors import EdgefoldError
 
 __all__ = ["Reloader"]
@@ -81,37 +82,42 @@ class Reloader:
             EdgefoldError: it was refused; the old engine runs.
         """
         with self._one_at_a_time:
-            path = self._bundle if bundle is None else bundle
             try:
-                new = self._load(path)
-            except Exception as error:
-                self.failures += 1
-                self.last_error = str(error) or type(error).__name__
-                _log.error("reload of %s refused, the old engine goes on: %s", path, self.last_error)
-                if isinstance(error, EdgefoldError):
-                    raise
-                raise EdgefoldError(
-                    f"the bundle {path} could not be loaded: {type(error).__name__}: {error}"
-                ) from error
-            if self._closed:
-                new.runner.close()
-                raise EdgefoldError(f"the bundle {path} was loaded after the stream had ended")
-            old = self._slot.swap(new)
-            self._bundle = path
-            self.reloads += 1
-            self.last_error = None
-            self._on_swap(old, new)
-            _log.info("%s (%s) infers now; %s", new.bundle.path, new.digest, new.golden)
-            if not self._slot.close_when_idle(old, _IDLE_LIMIT_S):
-                _log.error(
-                    "the engine of %s still owes an answer after %.0f s and was not closed",
-                    old.bundle.path,
-                    _IDLE_LIMIT_S,
-                )
+                self._replace(self._bundle if bundle is None else bundle)
+            finally:
+                give_back_freed()
 
     def close(self) -> None:
         """What is loading now is not swapped in any more."""
         self._closed = True
+
+    def _replace(self, path: Path) -> None:
+        try:
+            new = self._load(path)
+        except Exception as error:
+            self.failures += 1
+            self.last_error = str(error) or type(error).__name__
+            _log.error("reload of %s refused, the old engine goes on: %s", path, self.last_error)
+            if isinstance(error, EdgefoldError):
+                raise
+            raise EdgefoldError(
+                f"the bundle {path} could not be loaded: {type(error).__name__}: {error}"
+            ) from error
+        if self._closed:
+            new.runner.close()
+            raise EdgefoldError(f"the bundle {path} was loaded after the stream had ended")
+        old = self._slot.swap(new)
+        self._bundle = path
+        self.reloads += 1
+        self.last_error = None
+        self._on_swap(old, new)
+        _log.info("%s (%s) infers now; %s", new.bundle.path, new.digest, new.golden)
+        if not self._slot.close_when_idle(old, _IDLE_LIMIT_S):
+            _log.error(
+                "the engine of %s still owes an answer after %.0f s and was not closed",
+                old.bundle.path,
+                _IDLE_LIMIT_S,
+            )
 
     def _in_background(self) -> None:
         try:

@@ -16,7 +16,6 @@ from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, 
 from apps.streaming.display import ShownSource, StreamDisplay
 from apps.streaming.engine_slot import EngineSlot
 from apps.streaming.loading import EngineRequest, LoadedEngine, check_golden, load_engine
-from apps.streaming.memory import give_back_freed
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.outputs import SourceOutput, open_event_outputs
 from apps.streaming.reload import Reloader
@@ -36,7 +35,6 @@ __all__ = ["FeedOpener", "StreamSession", "StreamSummary", "run_stream"]
 _USER_CLOSED = "window closed"
 _LIVE_MAX_AGE_MS = 1000.0
 _HOUSEKEEPING_S = 0.25
-_GIVE_BACK_S = 30.0
 
 
 class FeedOpener(Protocol):
@@ -119,7 +117,7 @@ class StreamSession:
         self._page: PageServer | None = None
         self._hangup = False
         self._reloading = False
-        self._tidied_s = self._given_back_s = 0.0
+        self._tidied_s = 0.0
         self._started_s = time.monotonic()
         self._max_age_ms: float | None = None
 
@@ -325,9 +323,6 @@ class StreamSession:
         if now_s - self._tidied_s < _HOUSEKEEPING_S:
             return
         self._tidied_s = now_s
-        if now_s - self._given_back_s >= _GIVE_BACK_S:
-            self._given_back_s = now_s
-            give_back_freed()
         if self._reloading and not self._reloader.busy:
             self._reloading = False
             self._notifier.ready()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 from tolerances import FREED_PAGES_LEFT_MB, ONE_ARENA_GROWTH_MB
 
 from apps.streaming import memory
-from apps.streaming.config import SourceConfig, StreamConfig
-from apps.streaming.session import run_stream
+from apps.streaming.engine_slot import EngineSlot
+from apps.streaming.reload import Reloader
 from pipeline.bundle import BundleWriter, open_bundle
+from pipeline.errors import IntegrityError
 
 glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other arenas")
 
@@ -106,20 +108,25 @@ def test_the_collector_passes_over_what_was_there_at_the_start() -> None:
     assert collected == 0  # the garbage was collected, and not set aside
 
 
-def test_a_stream_gives_back_what_was_freed_as_it_runs(
-    bundle: Path, open_feed: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_reload_gives_back_what_it_freed(
+    engine_around: Any, fake_runner: Any, monkeypatch: pytest.MonkeyPatch, refused: bool
 ) -> None:
-    n_given_back = 0
+    old, new = (engine_around(fake_runner(lambda pixels: pixels)) for _ in range(2))
+    slot = EngineSlot(old)
+    closed: list[bool] = []
+    monkeypatch.setattr(old.runner, "close", lambda: closed.append(True))
+    given_back_after: list[list[bool]] = []
+    monkeypatch.setattr("apps.streaming.reload.give_back_freed", lambda: given_back_after.append(closed[:]))
 
-    def count() -> None:
-        nonlocal n_given_back
-        n_given_back += 1
+    def load(path: Path) -> Any:
+        if refused:
+            raise IntegrityError(f"{path} is damaged")
+        return new
 
-    monkeypatch.setattr("apps.streaming.session.give_back_freed", count)
-    monkeypatch.setattr("apps.streaming.session._GIVE_BACK_S", 0.2)
-    config = StreamConfig(bundle, (SourceConfig("synthetic:1", fps=20),), max_seconds=1.5, headless=True)
-    run_stream(config, open_feed=open_feed)
-    assert 2 <= n_given_back <= 7
+    with pytest.raises(IntegrityError) if refused else contextlib.nullcontext():
+        Reloader(slot, Path("bundle"), load).reload()
+    assert given_back_after == [[] if refused else [True]]
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
