@@ -103,8 +103,10 @@ ATTRIBUTED_MARGIN_RTOL = 0.25
 """Between how far int8 moved the margins of flipped images and the sum of the layers' first-order parts: what is left
 is of second order in noises of a tenth of the signal and more."""
 
-FAIR_SHARE_RTOL = 0.1
-"""How far a source's share of the engine may be from an equal one: the camera app's promise."""
+FAIR_SHARE_RTOL = 0.25
+"""How far a source's share of 320 answers may be from an equal one: a thread that the system keeps waiting misses turns,
+and a feed that is there first has some to itself. Without turns the flooding feed has three in four. The camera app's own
+promise is a tenth, of a whole run (benchmarks/stream_many.py)."""
 
 SAME_AVERAGE_ATOL = 1e-9
 """A running average in [0, 1] by one step or by thirty: float64 (1e-16 a step), and times rounded to a nanosecond, 1e-9
