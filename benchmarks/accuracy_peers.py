@@ -110,7 +110,8 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
         for fold in (0, 1):
             part = _worker(folder, python, tool, variant, str(fold))
             logits[1 - fold :: 2] = part
-            seconds.append(json.loads(_report(folder, tool, variant, str(fold)).read_text()))
+            report = json.loads(_report(folder, tool, variant, str(fold)).read_text())
+            seconds.append({key: value for key, value in report.items() if key != "model"})
         agree[name] = logits.argmax(1) == fp32.argmax(1)
         results["candidates"][name] = {
             "logits_sqnr_db": _sqnr_db(fp32, logits),
