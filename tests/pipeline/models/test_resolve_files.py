@@ -10,15 +10,6 @@ from pipeline.artifacts import PreprocessSpec
 from pipeline.errors import ModelSpecError, WeightsError
 from pipeline.models.resolve import resolve_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 # --- factories --------------------------------------------------------------------------------------
 
 FACTORY = """

@@ -4,34 +4,14 @@ import re
 
 import pytest
 import torch
+from lite_weights import lite_state
 from safetensors.torch import save_file
 
 from pipeline.errors import ModelSpecError, WeightsError
 from pipeline.models.inception import inception_v3
-from pipeline.models.lite import inception_resnet_lite
 from pipeline.models.resolve import resolve_model
 
 LITE = "inception_resnet_lite"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def lite_state(num_classes=5, small_input=True):
-    torch.manual_seed(1)
-    return inception_resnet_lite(num_classes, small_input=small_input).state_dict()
-
-
-@pytest.fixture
-def lite_file(tmp_path):
-    path = tmp_path / "lite.safetensors"
-    save_file(lite_state(), path)
-    return str(path)
 
 
 # --- names ------------------------------------------------------------------------------------------
