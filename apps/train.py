@@ -29,7 +29,7 @@ def train_command(
         typer.Option(help="Start from the weights in this file instead of random ones.", show_default=False),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="modern, or paper (RMSProp as in arXiv 1512.00567).")
+        str, typer.Option(help="modern, fast (small images), or paper (RMSProp as in arXiv 1512.00567).")
     ] = "modern",
     epochs: Annotated[int | None, typer.Option(min=1, help="Instead of the recipe's.")] = None,
     lr: Annotated[

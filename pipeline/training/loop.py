@@ -22,10 +22,15 @@ from pipeline.artifacts import PreprocessSpec
 from pipeline.contracts import Progress
 from pipeline.errors import EdgefoldError, UsageError
 from pipeline.preprocess import affine
-from pipeline.training.pixels import Augmentation, PixelTable, augmented_batches
+from pipeline.training.pixels import Augmentation, PixelTable, augmented_batches, mirrored_images
 from pipeline.training.recipes import Recipe, learning_rate, make_optimizer
+from pipeline.training.start import prepare
 
 __all__ = ["EpochResult", "TrainingRun", "train"]
+
+
+_PREPARED_FROM = 1024
+"""Images whose patches the first convolution is whitened by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,10 +112,13 @@ def train(
         )
     total_steps = steps_per_epoch * recipe.epochs
     model = model.to(memory_format=torch.channels_last)
+    normalize = _Normalize(run.preprocess)
+    if recipe.prepared and run.initial_sha256 is None:
+        sample, _ = table.subset(train_indices[:: max(1, len(train_indices) // _PREPARED_FROM)])
+        prepare(model, normalize(sample), recipe.head_scale)
     optimizer = make_optimizer(recipe, model)
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
-    normalize = _Normalize(run.preprocess)
     digest = run.digest(table, train_indices)
     first_epoch = _resume(checkpoint, digest, model, average, optimizer)
     forward: Callable[[Tensor], Tensor] = torch.compile(model) if run.compile else model
@@ -120,11 +128,14 @@ def train(
         torch.manual_seed(run.seed * 100_003 + epoch)
         model.train()
         began, total_loss = time.monotonic(), 0.0
-        epoch_batches = augmented_batches(table, train_indices, recipe.batch_size, run.augmentation, rng)
+        mirrored = mirrored_images(len(table.labels), run.augmentation, run.seed, epoch)
+        epoch_batches = augmented_batches(
+            table, train_indices, recipe.batch_size, run.augmentation, rng, mirrored
+        )
         for i, (pixels, labels) in enumerate(epoch_batches):
             rate = learning_rate(recipe, epoch * steps_per_epoch + i, total_steps, steps_per_epoch)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group["lr_scale"]
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.bf16):
                 logits = forward(normalize(pixels))
             loss = F.cross_entropy(

@@ -20,7 +20,7 @@ from pipeline.contracts import Dataset, Progress
 from pipeline.errors import DataError
 from pipeline.preprocess import preprocess_sha256, to_network_pixels
 
-__all__ = ["Augmentation", "PixelTable", "augmented_batches", "materialize", "split"]
+__all__ = ["Augmentation", "PixelTable", "augmented_batches", "materialize", "mirrored_images", "split"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,8 @@ class Augmentation:
     """What is varied from epoch to epoch.
 
     Attributes:
-        flip: mirror half of the images; not for classes that a mirror turns into one another.
+        flip: mirror half of the images in one epoch, the other half in the next (arXiv 2404.00498, section
+            3.6); not for classes that a mirror turns into one another.
         shift_px: translate by up to this many pixels, the border reflected.
         cutout_px: side of a square set to the mean (arXiv 1708.04552); 0 for none.
     """
@@ -122,17 +123,34 @@ def augmented_batches(
     batch_size: int,
     augmentation: Augmentation,
     rng: np.random.Generator,
+    mirrored: NDArray[np.bool_],
 ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
-    """One shuffled epoch over `indices` in full batches; a last short one is left out."""
+    """One shuffled epoch over `indices` in full batches; a last short one is left out.
+
+    Args:
+        mirrored: of every image of `table`, whether this epoch shows it mirrored.
+    """
     order = rng.permutation(indices)
     for start in range(0, len(order) - batch_size + 1, batch_size):
         # Sorted: neighbouring reads of the memory map. The batch's own order does not matter.
-        pixels, labels = table.subset(np.sort(order[start : start + batch_size]))
-        yield _augment(pixels, augmentation, rng), labels
+        batch = np.sort(order[start : start + batch_size])
+        pixels, labels = table.subset(batch)
+        yield _augment(pixels, augmentation, rng, mirrored[batch]), labels
+
+
+def mirrored_images(count: int, augmentation: Augmentation, seed: int, epoch: int) -> NDArray[np.bool_]:
+    """Which of `count` images `epoch` shows mirrored: a random half, the other half an epoch later."""
+    if not augmentation.flip:
+        return np.zeros(count, np.bool_)
+    half: NDArray[np.bool_] = np.random.default_rng(seed).random(count) < 0.5
+    return half ^ bool(epoch % 2)
 
 
 def _augment(
-    pixels: NDArray[np.uint8], augmentation: Augmentation, rng: np.random.Generator
+    pixels: NDArray[np.uint8],
+    augmentation: Augmentation,
+    rng: np.random.Generator,
+    mirrored: NDArray[np.bool_],
 ) -> NDArray[np.uint8]:
     n, height, width, _ = pixels.shape
     shift, hole = augmentation.shift_px, augmentation.cutout_px
@@ -140,7 +158,6 @@ def _augment(
         np.pad(pixels, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="reflect") if shift else pixels
     )
     tops, lefts = rng.integers(0, 2 * shift + 1, (2, n))
-    mirrored = np.less(rng.random(n), 0.5 if augmentation.flip else 0.0)
     holes = rng.integers(0, (height, width), (n, 2)) - hole // 2
     out = np.empty_like(pixels)
     for i in range(n):

@@ -15,11 +15,18 @@ from pipeline.artifacts import PreprocessSpec
 from pipeline.errors import DataError, EdgefoldError, UsageError
 from pipeline.synthetic import SyntheticDataset
 from pipeline.training.loop import EpochResult, TrainingRun, train
-from pipeline.training.pixels import Augmentation, PixelTable, augmented_batches, materialize, split
-from pipeline.training.recipes import RECIPES, learning_rate, make_optimizer, recipe_named
+from pipeline.training.pixels import (
+    Augmentation,
+    PixelTable,
+    augmented_batches,
+    materialize,
+    mirrored_images,
+    split,
+)
+from pipeline.training.recipes import RECIPES, Recipe, learning_rate, make_optimizer, recipe_named
 
 SPEC = PreprocessSpec((8, 8), mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-RECIPE = dataclasses.replace(RECIPES["modern"], batch_size=16, epochs=4)
+RECIPE = RECIPES["modern"]
 
 
 def quiet(what: str, done: int, total: int | None) -> None:
@@ -47,13 +54,24 @@ def network() -> nn.Module:
 
 
 def run_training(
-    folder: Path, epochs: int = 4, model: nn.Module | None = None, **changes: object
+    folder: Path,
+    epochs: int = 4,
+    model: nn.Module | None = None,
+    recipe: Recipe = RECIPE,
+    stop_after: int | None = None,
+    **changes: object,
 ) -> tuple[dict[str, torch.Tensor], list[EpochResult]]:
     data = table()
     train_indices, held = split(data.labels, 16, 0)
-    recipe = dataclasses.replace(RECIPE, **{"epochs": epochs, **changes})  # type: ignore[arg-type]
+    recipe = dataclasses.replace(recipe, **{"epochs": epochs, "batch_size": 16, **changes})  # type: ignore[arg-type]
     run = TrainingRun(recipe, Augmentation(shift_px=1), SPEC, seed=0)
     results: list[EpochResult] = []
+
+    def watch(result: EpochResult) -> None:
+        results.append(result)
+        if result.epoch == stop_after:
+            raise _StopError
+
     state = train(
         model or network(),
         data,
@@ -62,38 +80,45 @@ def run_training(
         run,
         folder / "checkpoint.pt",
         progress=quiet,
-        on_epoch=results.append,
+        on_epoch=watch,
     )
     return state, results
-
-
-def test_it_learns(tmp_path: Path) -> None:
-    _, results = run_training(tmp_path, epochs=8)
-    assert results[-1].top1 >= 90.0
-    assert results[-1].loss < results[0].loss
 
 
 class _StopError(Exception):
     pass
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
-    whole, _ = run_training(tmp_path / "whole")
+@pytest.mark.parametrize("name", ["modern", "fast"])
+def test_it_learns(tmp_path: Path, name: str) -> None:
+    _, results = run_training(tmp_path, epochs=8, recipe=RECIPES[name])
+    assert results[-1].top1 >= 90.0
+    assert results[-1].loss < results[0].loss
+
+
+@pytest.mark.parametrize("name", ["modern", "fast"])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, name: str) -> None:
+    whole, _ = run_training(tmp_path / "whole", recipe=RECIPES[name])
+    with pytest.raises(_StopError):
+        run_training(tmp_path / "part", recipe=RECIPES[name], stop_after=2)
+    resumed, results = run_training(tmp_path / "part", recipe=RECIPES[name])
+    assert [result.epoch for result in results] == [3, 4]
+    for key, tensor in whole.items():
+        torch.testing.assert_close(resumed[key], tensor, rtol=0, atol=0, msg=key)
+
+
+def test_given_weights_are_not_prepared_over(tmp_path: Path) -> None:
     data = table()
     train_indices, held = split(data.labels, 16, 0)
-    run = TrainingRun(RECIPE, Augmentation(shift_px=1), SPEC, seed=0)
-
-    def stop(result: EpochResult) -> None:
-        if result.epoch == 2:
-            raise _StopError
-
-    checkpoint = tmp_path / "part" / "checkpoint.pt"
-    with pytest.raises(_StopError):
-        train(network(), data, train_indices, held, run, checkpoint, progress=quiet, on_epoch=stop)
-    resumed, results = run_training(tmp_path / "part")
-    assert [result.epoch for result in results] == [3, 4]
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=0, msg=name)
+    recipe = dataclasses.replace(RECIPES["fast"], batch_size=16, epochs=1, peak_lr=1e-9)
+    for given in ("abc", None):
+        model = network()
+        kernel = model[0].weight.detach().clone()
+        run = TrainingRun(recipe, Augmentation(), SPEC, seed=0, initial_sha256=given)
+        checkpoint = tmp_path / str(given) / "checkpoint.pt"
+        train(model, data, train_indices, held, run, checkpoint, progress=quiet, on_epoch=lambda _: None)
+        kept = bool((model[0].weight - kernel).abs().max() < 1e-4)
+        assert kept == (given is not None)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -140,6 +165,26 @@ def test_norms_and_biases_are_not_decayed() -> None:
     assert groups[1]["weight_decay"] == 0.0
 
 
+def test_the_fast_recipe_scales_rates_and_not_how_fast_weights_shrink() -> None:
+    recipe = RECIPES["fast"]
+    model = network()
+    matrices, shifts, head = make_optimizer(recipe, model).param_groups
+    assert [group["lr_scale"] for group in (matrices, shifts, head)] == [1.0, 64.0, pytest.approx(1 / 81)]
+    assert all(
+        group["lr"] * group["weight_decay"] == pytest.approx(recipe.peak_lr * recipe.weight_decay)
+        for group in (matrices, shifts, head)
+    )
+    assert {id(p) for p in head["params"]} == {id(p) for p in model[-1].parameters()}
+
+
+def test_an_image_is_mirrored_every_second_epoch() -> None:
+    first, second, third = (mirrored_images(1000, Augmentation(), 7, epoch) for epoch in range(3))
+    assert 400 < first.sum() < 600
+    np.testing.assert_array_equal(first, ~second)
+    np.testing.assert_array_equal(first, third)
+    assert not mirrored_images(1000, Augmentation(flip=False), 7, 1).any()
+
+
 def test_an_unknown_recipe_names_the_known_ones() -> None:
     with pytest.raises(UsageError, match="modern"):
         recipe_named("ancient")
@@ -157,20 +202,18 @@ def test_held_out_images_are_balanced_and_not_trained_on() -> None:
 
 def test_augmentation_only_moves_mirrors_and_blanks() -> None:
     data = table(16)
-    plain = Augmentation(flip=False, shift_px=0, cutout_px=0)
     rng = np.random.default_rng(0)
-    (pixels, labels), *rest = augmented_batches(data, np.arange(16), 16, plain, rng)
+    asis, half = np.zeros(16, np.bool_), np.arange(16) % 2 == 0
+    plain = Augmentation(shift_px=0, cutout_px=0)
+    (pixels, labels), *rest = augmented_batches(data, np.arange(16), 16, plain, rng, asis)
     assert not rest
     np.testing.assert_array_equal(pixels, data.pixels[np.arange(16)])
     np.testing.assert_array_equal(labels, data.labels)
-    flip = Augmentation(flip=True, shift_px=0, cutout_px=0)
-    ((pixels, _),) = augmented_batches(data, np.arange(16), 16, flip, rng)
-    mirrored = [
-        (p == q[:, ::-1]).all() and not (p == q).all() for p, q in zip(pixels, data.pixels, strict=True)
-    ]
-    assert 0 < sum(mirrored) < 16
-    cut = Augmentation(flip=False, shift_px=0, cutout_px=4)
-    ((pixels, _),) = augmented_batches(data, np.arange(16), 16, cut, rng)
+    ((pixels, _),) = augmented_batches(data, np.arange(16), 16, plain, rng, half)
+    np.testing.assert_array_equal(pixels[half], data.pixels[half][:, :, ::-1])
+    np.testing.assert_array_equal(pixels[~half], data.pixels[~half])
+    cut = Augmentation(shift_px=0, cutout_px=4)
+    ((pixels, _),) = augmented_batches(data, np.arange(16), 16, cut, rng, asis)
     changed = (pixels != data.pixels).any(axis=(1, 2, 3))
     assert changed.all()
     assert (pixels[pixels != data.pixels] == 128).all()
