@@ -216,6 +216,7 @@ def _display() -> Iterator[Finding]:
 def _extras() -> Iterator[Finding]:
     for extra, purpose, distributions in (
         ("build", "to build and train", ("torch", "torchvision", "timm", "onnxscript", "safetensors")),
+        ("av", "to read video files as planes, at less cost than OpenCV", ("av",)),
         ("report", "for the plots of a report", ("matplotlib",)),
         ("serve", "for the page and the metrics of edgefold stream", ("aiohttp", "prometheus-client")),
         ("mqtt", "for events to a broker", ("paho-mqtt",)),

@@ -37,6 +37,7 @@ def test_says_what_this_machine_has():
         "opencv",
         "display",
         "extra: build",
+        "extra: av",
         "extra: report",
         "extra: serve",
         "extra: mqtt",
