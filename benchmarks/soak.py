@@ -20,7 +20,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from harness import machine_stamp, write_results
-from soak_scenario import EDGEFOLD, EXIT_LIMIT_S, shortfalls, soak
+from soak_app import EDGEFOLD, EXIT_LIMIT_S
+from soak_scenario import shortfalls, soak
 
 _N_FAULTS = 11
 _SLOPE_LIMIT_MB_PER_HOUR = 1.0

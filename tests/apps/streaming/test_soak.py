@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from soak_scenario import GROWTH_LIMIT_MB, Limits, shortfalls, soak
+from soak_app import Limits
+from soak_scenario import GROWTH_LIMIT_MB, shortfalls, soak
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("prometheus_client")

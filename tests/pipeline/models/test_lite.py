@@ -50,7 +50,7 @@ def test_bundled_weights_are_small_and_have_a_card(tag: str, n_classes: int, sid
     assert model.preprocess.input_hw == (side, side)
     card = json.loads((BUNDLED_DIR / f"inception_resnet_lite.{tag}.json").read_text())
     assert {"data", "recipe", "command", "accuracy"} <= set(card)
-    assert (BUNDLED_DIR / f"inception_resnet_lite.{tag}.safetensors").stat().st_size < 4_000_000
+    assert (BUNDLED_DIR / f"inception_resnet_lite.{tag}.safetensors").stat().st_size < 5_000_000
 
 
 def test_the_signs_network_knows_the_cameras_classes() -> None:
