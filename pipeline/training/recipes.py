@@ -7,7 +7,7 @@ by 0.1, evaluated on a running average of the weights.
 ``modern`` is what reaches the same accuracy in a tenth of the epochs: SGD with Nesterov momentum, a
 one-cycle learning rate (arXiv 1708.07120), no weight decay on norms and biases, an average of the weights.
 
-``fast`` is for small images, after arXiv 2404.00498 (sections 3.1 to 3.4): a prepared start
+``fast`` is for small images, after arXiv 2404.00498 (sections 3.2 to 3.4): a prepared start
 (`pipeline.training.start`), batch-norm scales fixed at 1 and their shifts at 64 times the rate, and a
 classifier that starts small and learns slowly.
 """
@@ -40,7 +40,8 @@ class Recipe:
         clip_norm: limit of the global gradient norm.
         ema_decay: of the weight average, per step.
         momentum: of the optimizer.
-        prepared: start from whitened pixels and identity kernels, and keep batch-norm scales at 1.
+        prepared: start from whitened pixels and identity kernels, and keep batch-norm scales at 1; not where
+            weights are given.
         shift_rate: learning rate of batch-norm shifts and convolution biases, as a multiple.
         head_scale: the classifier starts at, and its rate is the square of, this multiple: what a factor
             on its logits would do.

@@ -1,6 +1,6 @@
 """A start that saves the first epochs: whitened pixels, identity kernels, a small classifier.
 
-After arXiv 2404.00498, sections 3.1 and 3.2, and Page, "How to train your ResNet 8" (2019) for the whitening.
+After arXiv 2404.00498, sections 3.2 and 3.3; the whitening is Page's, "How to train your ResNet 8" (2019).
 """
 
 from __future__ import annotations
