@@ -89,7 +89,7 @@ def test_nan_weights_are_refused(tmp_path):
     state = lite_state()
     state["stage_b.0.up.weight"][3, 2] = float("nan")
     save_file(state, tmp_path / "nan.safetensors")
-    with pytest.raises(WeightsError, match=r"stage_b\.1\.up\.weight \(1 of \d+\)"):
+    with pytest.raises(WeightsError, match=r"stage_b\.0\.up\.weight \(1 of \d+\)"):
         resolve_model(LITE, weights=str(tmp_path / "nan.safetensors"), input_size=32)
 
 
