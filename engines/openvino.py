@@ -108,7 +108,7 @@ def fp32_runner(path: Path, extra_outputs: Sequence[str] = ()) -> Runner:
     of a batch may be hundreds of megabytes, and calibration reads each once.
 
     Args:
-        path: an fp32 ONNX file; a free batch dimension stays free.
+        path: an fp32 ONNX file that the caller has just written; a free batch dimension stays free.
         extra_outputs: names of ONNX tensors the graph computes; they follow the model's own outputs.
 
     Raises:
