@@ -1,4 +1,4 @@
-"""``edgefold train``: train one of the built-in networks on labelled images."""
+"""``edgefold train``: train a network on labelled images."""
 
 from __future__ import annotations
 
@@ -16,17 +16,34 @@ from apps.console import console, progress_display
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from pipeline.artifacts import PreprocessSpec
 
 __all__ = ["train_command"]
 
+_BUILTIN_INPUT = 96
+
 
 def train_command(
-    model: Annotated[str, typer.Argument(help="A built-in network: inception_resnet_lite, inception_v3, …")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A built-in network (inception_resnet_lite, inception_v3, …), timm:NAME, torchvision:NAME or "
+            "path/to/file.py:factory, which starts from the weights the factory gives."
+        ),
+    ],
     data: Annotated[str, typer.Option(help="Labelled DATA to train on (see `edgefold build --help`).")],
     out: Annotated[Path, typer.Option(help="Directory for checkpoint, weights and model card.")],
     weights: Annotated[
         Path | None,
         typer.Option(help="Start from the weights in this file instead of random ones.", show_default=False),
+    ] = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            help="BUNDLE of a larger network with the same classes, whose answers to the images are learned "
+            "beside their labels (distillation).",
+            show_default=False,
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="modern, fast (small images), or paper (RMSProp as in arXiv 1512.00567).")
@@ -36,7 +53,17 @@ def train_command(
         float | None, typer.Option(min=1e-6, help="Peak learning rate instead of the recipe's.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=2, help="Instead of the recipe's.")] = None,
-    input_size: Annotated[int, typer.Option(min=8, help="Side of the network's input in pixels.")] = 96,
+    label_smoothing: Annotated[
+        float | None, typer.Option(min=0.0, max=0.5, help="Instead of the recipe's.")
+    ] = None,
+    input_size: Annotated[
+        int | None,
+        typer.Option(
+            min=8,
+            help="Side of the network's input in pixels; 96 for a built-in network, else the model's own.",
+            show_default=False,
+        ),
+    ] = None,
     width: Annotated[
         float, typer.Option(min=0.25, max=4.0, help="Width multiplier (inception_resnet_lite).")
     ] = 1.0,
@@ -56,16 +83,12 @@ def train_command(
         bool, typer.Option("--compile", help="torch.compile: minutes to start, faster after.")
     ] = False,
 ) -> None:
-    """Train a built-in network; interrupt at will, the same command goes on from the last epoch."""
+    """Train a network; interrupt at will, the same command goes on from the last epoch."""
     import torch
 
-    from pipeline.artifacts import PreprocessSpec
     from pipeline.datasets import open_dataset
-    from pipeline.errors import ModelSpecError
-    from pipeline.models.registry import NETWORKS
-    from pipeline.models.resolve import read_preprocess
     from pipeline.training.loop import EpochResult, TrainingRun, train
-    from pipeline.training.pixels import Augmentation, materialize, split
+    from pipeline.training.pixels import Augmentation, class_count, materialize, split
     from pipeline.training.recipes import recipe_named
 
     if threads is not None:
@@ -76,22 +99,22 @@ def train_command(
         epochs=epochs or chosen.epochs,
         peak_lr=lr or chosen.peak_lr,
         batch_size=batch_size or chosen.batch_size,
+        label_smoothing=chosen.label_smoothing if label_smoothing is None else label_smoothing,
     )
-    if model not in NETWORKS:
-        raise ModelSpecError(f"no built-in network {model!r} to train; there are {', '.join(NETWORKS)}")
-    if width != 1.0 and not NETWORKS[model].has_width:
-        raise ModelSpecError(f"{model} has no width multiplier; leave out --width {width:g}")
-    spec = read_preprocess(preprocess) if preprocess else PreprocessSpec((input_size, input_size))
     dataset = open_dataset(data)
     torch.manual_seed(seed)
+    network, spec = _network(model, class_count(dataset), width, input_size, preprocess)
     with progress_display() as progress:
         table = materialize(dataset, spec, out / "pixels", progress)
-        options = {"width": width} if NETWORKS[model].has_width else {}
-        network = NETWORKS[model].build(len(table.class_names), spec.input_hw[0], **options)
         initial_sha256 = None if weights is None else _start_from(network, weights)
+        taught_by = None
+        if teacher is not None:
+            from apps.teaching import ask_teacher
+
+            taught_by = ask_teacher(teacher, dataset, out / "pixels", progress)
         train_indices, held_indices = split(table.labels, holdout, seed)
         run = TrainingRun(
-            chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_, initial_sha256
+            chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_, initial_sha256, taught_by
         )
         results: list[EpochResult] = []
 
@@ -129,11 +152,36 @@ def train_command(
         "augmentation": {"flip": flip, "shift_px": shift, "cutout_px": cutout},
         "seed": seed,
         "initial_weights_sha256": initial_sha256,
+        "teacher": taught_by.card() if taught_by else None,
         "command": shlex.join(["edgefold", *sys.argv[1:]]),
         "held_out_top1_percent": results[-1].top1 if results else None,
     }
     _write(out, state, card)
     console.print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
+
+
+def _network(
+    model: str, num_classes: int, width: float, input_size: int | None, preprocess: Path | None
+) -> tuple[nn.Module, PreprocessSpec]:
+    """The network to train, with random weights or its factory's, and what its pixels go through."""
+    from pipeline.artifacts import PreprocessSpec
+    from pipeline.errors import ModelSpecError
+    from pipeline.models.registry import NETWORKS
+    from pipeline.models.resolve import read_preprocess
+    from pipeline.models.sources import open_source
+
+    given = read_preprocess(preprocess) if preprocess else None
+    builtin = NETWORKS.get(model)
+    if width != 1.0 and not (builtin and builtin.has_width):
+        raise ModelSpecError(f"{model} has no width multiplier; leave out --width {width:g}")
+    if builtin:
+        side = input_size or _BUILTIN_INPUT
+        spec = given or PreprocessSpec((side, side))
+        options = {"width": width} if builtin.has_width else {}
+        return builtin.build(num_classes, spec.input_hw[0], **options), spec
+    source = open_source(model, input_size, None)
+    network = source.build(num_classes)
+    return network, given or source.preprocess(network).spec
 
 
 def _start_from(network: nn.Module, path: Path) -> str:

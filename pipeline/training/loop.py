@@ -22,6 +22,7 @@ from pipeline.artifacts import PreprocessSpec
 from pipeline.contracts import Progress
 from pipeline.errors import EdgefoldError, UsageError
 from pipeline.preprocess import affine
+from pipeline.training.distillation import Teacher, taught_loss
 from pipeline.training.pixels import Augmentation, PixelTable, augmented_batches, mirrored_images
 from pipeline.training.recipes import Recipe, learning_rate, make_optimizer
 from pipeline.training.start import prepare
@@ -55,6 +56,8 @@ class TrainingRun:
     compile: bool = False
     initial_sha256: str | None = None
     """Of the weights file it starts from; ``None``: from random ones."""
+    teacher: Teacher | None = None
+    """Whose answers are learned beside the labels."""
 
     def digest(self, table: PixelTable, train_indices: NDArray[np.int64]) -> str:
         """Identity of the run: how, on which labels in which order."""
@@ -65,6 +68,7 @@ class TrainingRun:
                 asdict(self.preprocess),
                 self.seed,
                 *([self.initial_sha256] if self.initial_sha256 is not None else []),
+                *([self.teacher.sha256] if self.teacher is not None else []),
             ]
         )
         what = table.labels[train_indices].tobytes() + train_indices.tobytes()
@@ -132,7 +136,7 @@ def train(
         epoch_batches = augmented_batches(
             table, train_indices, recipe.batch_size, run.augmentation, rng, mirrored
         )
-        for i, (pixels, labels) in enumerate(epoch_batches):
+        for i, (pixels, labels, batch) in enumerate(epoch_batches):
             rate = learning_rate(recipe, epoch * steps_per_epoch + i, total_steps, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
@@ -141,6 +145,8 @@ def train(
             loss = F.cross_entropy(
                 logits.float(), torch.from_numpy(labels), label_smoothing=recipe.label_smoothing
             )
+            if run.teacher is not None:
+                loss = taught_loss(loss, logits.float(), run.teacher.answers(batch, mirrored[batch]))
             value = loss.item()
             if not math.isfinite(value):
                 raise EdgefoldError(

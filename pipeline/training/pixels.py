@@ -20,7 +20,15 @@ from pipeline.contracts import Dataset, Progress
 from pipeline.errors import DataError
 from pipeline.preprocess import preprocess_sha256, to_network_pixels
 
-__all__ = ["Augmentation", "PixelTable", "augmented_batches", "materialize", "mirrored_images", "split"]
+__all__ = [
+    "Augmentation",
+    "PixelTable",
+    "augmented_batches",
+    "class_count",
+    "materialize",
+    "mirrored_images",
+    "split",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +60,28 @@ class Augmentation:
     cutout_px: int = 0
 
 
+def class_count(dataset: Dataset) -> int:
+    """How many classes `dataset` has.
+
+    Raises:
+        DataError: it has no labels.
+    """
+    return len(_class_names(dataset))
+
+
+def _class_names(dataset: Dataset) -> tuple[str, ...]:
+    if dataset.class_names is None:
+        raise DataError(f"{dataset.name} has no labels; training needs a folder by class or labels.csv")
+    return tuple(dataset.class_names)
+
+
 def materialize(dataset: Dataset, spec: PreprocessSpec, cache_dir: Path, progress: Progress) -> PixelTable:
     """Decode `dataset` to the network's input size, once per content and preprocessing.
 
     Raises:
         DataError: the dataset has no labels, or none of its images could be read.
     """
-    names = dataset.class_names
-    if names is None:
-        raise DataError(f"{dataset.name} has no labels; training needs a folder by class or labels.csv")
+    names = _class_names(dataset)
     digest = hashlib.sha256(f"{dataset.sha256}:{preprocess_sha256(spec)}".encode()).hexdigest()[:24]
     pixel_path, label_path = cache_dir / f"{digest}.npy", cache_dir / f"{digest}.labels.npy"
     if not label_path.exists():
@@ -124,8 +145,10 @@ def augmented_batches(
     augmentation: Augmentation,
     rng: np.random.Generator,
     mirrored: NDArray[np.bool_],
-) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64]]]:
+) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
     """One shuffled epoch over `indices` in full batches; a last short one is left out.
+
+    Pixels, labels and indices of each batch.
 
     Args:
         mirrored: of every image of `table`, whether this epoch shows it mirrored.
@@ -135,7 +158,7 @@ def augmented_batches(
         # Sorted: neighbouring reads of the memory map. The batch's own order does not matter.
         batch = np.sort(order[start : start + batch_size])
         pixels, labels = table.subset(batch)
-        yield _augment(pixels, augmentation, rng, mirrored[batch]), labels
+        yield _augment(pixels, augmentation, rng, mirrored[batch]), labels, batch
 
 
 def mirrored_images(count: int, augmentation: Augmentation, seed: int, epoch: int) -> NDArray[np.bool_]:

@@ -205,15 +205,15 @@ def test_augmentation_only_moves_mirrors_and_blanks() -> None:
     rng = np.random.default_rng(0)
     asis, half = np.zeros(16, np.bool_), np.arange(16) % 2 == 0
     plain = Augmentation(shift_px=0, cutout_px=0)
-    (pixels, labels), *rest = augmented_batches(data, np.arange(16), 16, plain, rng, asis)
+    (pixels, labels, _), *rest = augmented_batches(data, np.arange(16), 16, plain, rng, asis)
     assert not rest
     np.testing.assert_array_equal(pixels, data.pixels[np.arange(16)])
     np.testing.assert_array_equal(labels, data.labels)
-    ((pixels, _),) = augmented_batches(data, np.arange(16), 16, plain, rng, half)
+    ((pixels, _, _),) = augmented_batches(data, np.arange(16), 16, plain, rng, half)
     np.testing.assert_array_equal(pixels[half], data.pixels[half][:, :, ::-1])
     np.testing.assert_array_equal(pixels[~half], data.pixels[~half])
     cut = Augmentation(shift_px=0, cutout_px=4)
-    ((pixels, _),) = augmented_batches(data, np.arange(16), 16, cut, rng, asis)
+    ((pixels, _, _),) = augmented_batches(data, np.arange(16), 16, cut, rng, asis)
     changed = (pixels != data.pixels).any(axis=(1, 2, 3))
     assert changed.all()
     assert (pixels[pixels != data.pixels] == 128).all()

@@ -1,0 +1,80 @@
+"""``edgefold train --teacher BUNDLE``: what an engine says of every training image, asked once and kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from apps.validating import display_labels, load_judge
+from apps.validating_device import Judged, judged_here
+from pipeline.bundle import open_bundle
+from pipeline.contracts import Dataset, Progress
+from pipeline.datasets import labelled_batches
+from pipeline.metrics import probabilities
+from pipeline.training.distillation import Teacher
+from pipeline.validation import match_labels
+
+__all__ = ["ask_teacher"]
+
+_BATCH = 64
+
+_FLOOR = 1e-12
+"""Below this a probability is rounding, and its logarithm may be infinite."""
+
+
+def ask_teacher(bundle: Path, dataset: Dataset, cache_dir: Path, progress: Progress) -> Teacher:
+    """The answers of the bundle's engine to the labelled images of `dataset`, in their order.
+
+    They are kept in `cache_dir`: a second call with the same bundle and images asks nothing.
+
+    Raises:
+        DataError: the engine lacks classes of `dataset`.
+        UsageError, IntegrityError, EngineError, UnsupportedError: there is no such bundle, it is damaged, or
+            its engine does not run here.
+    """
+    with TemporaryDirectory(prefix="edgefold-teacher-") as work_dir:
+        judged = judged_here(open_bundle(bundle), None, Path(work_dir))
+        subject = judged.subject
+        columns, _ = match_labels(dataset.class_names, display_labels(subject, dataset), dataset.name)
+        sha256 = (subject.final or subject.fp32).sha256
+        identity = f"{sha256}:{dataset.sha256}:{columns.tolist()}"
+        kept = cache_dir / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.teacher.npy"
+        if not kept.exists():
+            cache_dir.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}.partial")
+            try:
+                with partial.open("wb") as file:
+                    np.save(file, _ask(judged, dataset, columns, progress))
+                partial.replace(kept)
+            finally:
+                partial.unlink(missing_ok=True)
+    return Teacher(bundle.name, sha256, np.load(kept))
+
+
+def _ask(
+    judged: Judged, dataset: Dataset, columns: NDArray[np.int64], progress: Progress
+) -> NDArray[np.float32]:
+    """Log-probabilities float32 [2, n, classes]: of every labelled image as it is, and mirrored.
+
+    Among the outputs `columns` alone; their logits but for a constant, also of a graph that ends in a softmax.
+    """
+    subject = judged.subject
+    engine, backend = subject.final or subject.fp32, subject.final_backend or judged.backend
+    rows: list[NDArray[np.float32]] = []
+    done = 0
+    with ExitStack() as stack:
+        judge = load_judge(stack, subject, engine, backend, subject.precision, "teacher", _BATCH)
+        for samples, pixels in labelled_batches(dataset, subject.preprocess, subject.input_color, _BATCH):
+            labelled = [i for i, sample in enumerate(samples) if sample.label is not None]
+            views = (pixels, np.ascontiguousarray(pixels[:, :, ::-1]))
+            answers = np.stack([probabilities(judge.logits(samples, view)) for view in views])
+            rows.append(np.log(np.maximum(answers[:, labelled][..., columns], _FLOOR)).astype(np.float32))
+            done += len(samples)
+            progress("ask the teacher", done, len(dataset))
+    return np.concatenate(rows, axis=1)
