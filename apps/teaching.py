@@ -1,9 +1,10 @@
-"""``edgefold train --teacher BUNDLE``: what an engine says of every training image, asked once and kept."""
+"""``edgefold train --teacher BUNDLE``: what engines say of every training image, asked once and kept."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,7 @@ from pipeline.metrics import probabilities
 from pipeline.training.distillation import Teacher
 from pipeline.validation import match_labels
 
-__all__ = ["ask_teacher"]
+__all__ = ["ask_teachers"]
 
 _BATCH = 64
 
@@ -28,16 +29,39 @@ _FLOOR = 1e-12
 """Below this a probability is rounding, and its logarithm may be infinite."""
 
 
-def ask_teacher(bundle: Path, dataset: Dataset, cache_dir: Path, progress: Progress) -> Teacher:
-    """The answers of the bundle's engine to the labelled images of `dataset`, in their order.
+def ask_teachers(
+    bundles: Sequence[Path], dataset: Dataset, cache_dir: Path, progress: Progress, *, mirror: bool
+) -> Teacher:
+    """The mean of what the engines of `bundles` say of the labelled images of `dataset`, in its order.
 
-    They are kept in `cache_dir`: a second call with the same bundle and images asks nothing.
+    The mean is of log-probabilities, over the engines and over an image and its mirror: more often right than
+    any of them. Answers are kept in `cache_dir`: a second call with the same bundle and images asks nothing.
+
+    Args:
+        bundles: one at least.
+        dataset: the images.
+        cache_dir: made if it is not there.
+        progress: called while an engine is asked.
+        mirror: whether a mirrored image shows the same class.
 
     Raises:
-        DataError: the engine lacks classes of `dataset`.
+        DataError: an engine lacks classes of `dataset`.
         UsageError, IntegrityError, EngineError, UnsupportedError: there is no such bundle, it is damaged, or
             its engine does not run here.
     """
+    engines: list[tuple[str, str]] = []
+    said: list[NDArray[np.float32]] = []
+    for bundle in bundles:
+        sha256, answers = _answers(bundle, dataset, cache_dir, progress)
+        engines.append((bundle.name, sha256))
+        said.append((answers if mirror else answers[:1]).mean(axis=0))
+    return Teacher(tuple(engines), np.mean(said, axis=0))
+
+
+def _answers(
+    bundle: Path, dataset: Dataset, cache_dir: Path, progress: Progress
+) -> tuple[str, NDArray[np.float32]]:
+    """The digest of the bundle's engine, and `_ask`."""
     with TemporaryDirectory(prefix="edgefold-teacher-") as work_dir:
         judged = judged_here(open_bundle(bundle), None, Path(work_dir))
         subject = judged.subject
@@ -54,7 +78,7 @@ def ask_teacher(bundle: Path, dataset: Dataset, cache_dir: Path, progress: Progr
                 partial.replace(kept)
             finally:
                 partial.unlink(missing_ok=True)
-    return Teacher(bundle.name, sha256, np.load(kept))
+    return sha256, np.load(kept)
 
 
 def _ask(

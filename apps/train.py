@@ -38,10 +38,10 @@ def train_command(
         typer.Option(help="Start from the weights in this file instead of random ones.", show_default=False),
     ] = None,
     teacher: Annotated[
-        Path | None,
+        list[Path] | None,
         typer.Option(
-            help="BUNDLE of a larger network with the same classes, whose answers to the images are learned "
-            "beside their labels (distillation).",
+            help="BUNDLE of another network with the same classes, whose answers to the images are learned "
+            "beside their labels (distillation); of several, given one by one, the mean.",
             show_default=False,
         ),
     ] = None,
@@ -108,10 +108,10 @@ def train_command(
         table = materialize(dataset, spec, out / "pixels", progress)
         initial_sha256 = None if weights is None else _start_from(network, weights)
         taught_by = None
-        if teacher is not None:
-            from apps.teaching import ask_teacher
+        if teacher:
+            from apps.teaching import ask_teachers
 
-            taught_by = ask_teacher(teacher, dataset, out / "pixels", progress)
+            taught_by = ask_teachers(teacher, dataset, out / "pixels", progress, mirror=flip)
         train_indices, held_indices = split(table.labels, holdout, seed)
         run = TrainingRun(
             chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_, initial_sha256, taught_by

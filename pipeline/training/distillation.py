@@ -1,6 +1,6 @@
-"""Learning from a larger network's answers: knowledge distillation (Hinton et al., arXiv 1503.02531).
+"""Learning from other networks' answers: knowledge distillation (Hinton et al., arXiv 1503.02531).
 
-The teacher has seen each image once, as it is and mirrored, before training begins; what it said is kept.
+The teachers have seen each image once, before training begins; what they said together is kept.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 __all__ = ["TEACHER_SHARE", "TEMPERATURE", "Teacher", "taught_loss"]
 
 TEMPERATURE = 2.0
-"""Divides both networks' logits, so that what the teacher holds for unlikely shows."""
+"""Divides both networks' logits, so that what a teacher holds for unlikely shows."""
 
 TEACHER_SHARE = 0.9
 """Of the loss; the labels have the rest."""
@@ -24,24 +24,24 @@ TEACHER_SHARE = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Teacher:
-    """``log_probabilities``: float32 [2, n, classes], of every image as it is and mirrored.
+    """What one network says, or several together.
 
-    ``sha256`` is that of the engine that gave them.
+    Attributes:
+        engines: of each the name of its bundle, and its SHA-256.
+        log_probabilities: float32 [n, classes], of every image; up to a constant each.
     """
 
-    name: str
-    sha256: str
+    engines: tuple[tuple[str, str], ...]
     log_probabilities: NDArray[np.float32]
 
-    def answers(self, indices: NDArray[np.int64], mirrored: NDArray[np.bool_]) -> Tensor:
-        """Float32 [len(indices), classes]: of the images at `indices`, some of them `mirrored`."""
-        return torch.from_numpy(self.log_probabilities[mirrored.astype(np.int64), indices])
+    def answers(self, indices: NDArray[np.int64]) -> Tensor:
+        """Float32 [len(indices), classes]: of the images at `indices`."""
+        return torch.from_numpy(self.log_probabilities[indices])
 
     def card(self) -> dict[str, object]:
         """What a model card says of it."""
         return {
-            "bundle": self.name,
-            "engine_sha256": self.sha256,
+            "engines": [{"bundle": name, "sha256": sha256} for name, sha256 in self.engines],
             "temperature": TEMPERATURE,
             "share_of_the_loss": TEACHER_SHARE,
         }

@@ -68,7 +68,7 @@ class TrainingRun:
                 asdict(self.preprocess),
                 self.seed,
                 *([self.initial_sha256] if self.initial_sha256 is not None else []),
-                *([self.teacher.sha256] if self.teacher is not None else []),
+                *([self.teacher.engines] if self.teacher is not None else []),
             ]
         )
         what = table.labels[train_indices].tobytes() + train_indices.tobytes()
@@ -146,7 +146,7 @@ def train(
                 logits.float(), torch.from_numpy(labels), label_smoothing=recipe.label_smoothing
             )
             if run.teacher is not None:
-                loss = taught_loss(loss, logits.float(), run.teacher.answers(batch, mirrored[batch]))
+                loss = taught_loss(loss, logits.float(), run.teacher.answers(batch))
             value = loss.item()
             if not math.isfinite(value):
                 raise EdgefoldError(
