@@ -34,10 +34,9 @@ __all__ = [
     "YuvMatrix",
 ]
 
-PixelFormat = Literal["RGB", "BGR", "GRAY", "RGBA", "BGRA", "I420", "NETWORK"]
+PixelFormat = Literal["RGB", "BGR", "GRAY", "RGBA", "BGRA", "I420"]
 """``I420``: planes of Y, U and V one behind the other, U and V of half the size each way; as an array (3H/2, W) with
-even H and W. What its bytes mean is a `YuvCoding`. ``NETWORK``: resized, cropped and in the order of channels that the
-network takes."""
+even H and W. What its bytes mean is a `YuvCoding`."""
 YuvMatrix = Literal["bt601", "bt709"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 _STRICT: dict[str, Any] = {"extra": "forbid"}

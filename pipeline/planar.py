@@ -12,7 +12,6 @@ measured by ``tests/pipeline/test_planar.py``.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -84,13 +83,12 @@ class PlanarResampler:
         self._pointers = [(ctypes.addressof(across), ctypes.addressof(down)) for across, down in axes]
 
     def resample(
-        self, planes: Sequence[NDArray[np.uint8]], color: Literal["RGB", "BGR"], out: NDArray[np.uint8]
+        self, image: NDArray[np.uint8], color: Literal["RGB", "BGR"], out: NDArray[np.uint8]
     ) -> None:
-        """Filters a picture into `out`.
+        """Filters `image` into `out`.
 
         Args:
-            planes: Y, U and V, uint8 (H, W) and twice (H/2, W/2) of the size that was given; the pixels of a row
-                one behind the other, rows any distance apart.
+            image: uint8 (3H/2, W) of the size that was given, contiguous.
             color: the order of the channels of `out`.
             out: uint8 HWC of the network's size, contiguous.
 
@@ -99,31 +97,24 @@ class PlanarResampler:
             MemoryError: there is no room for the pixels between the passes.
         """
         height, width = self._hw
-        half = (height // 2, width // 2)
-        bytes_only = all(array.dtype == np.uint8 for array in (*planes, out))
-        in_rows = out.flags.c_contiguous and all(plane.strides[-1] == 1 for plane in planes)
-        shapes = [plane.shape for plane in planes]
-        if not (
-            bytes_only
-            and in_rows
-            and shapes == [self._hw, half, half]
-            and out.shape == self._out_shape
-            and self.fits
-        ):
+        bytes_only = image.dtype == out.dtype == np.uint8
+        contiguous = image.flags.c_contiguous and out.flags.c_contiguous
+        shapes = image.shape == (height * 3 // 2, width) and out.shape == self._out_shape
+        if not (bytes_only and contiguous and shapes and self.fits):
             raise ValueError(
-                f"planes of {planes[0].dtype} {shapes} to {out.dtype} {out.shape}, expected uint8 of "
-                f"{[self._hw, half, half]} to {self._out_shape}, rows contiguous; the kernel takes such: {self.fits}"
+                f"planes of {image.dtype} {image.shape} to {out.dtype} {out.shape}, expected uint8 "
+                f"{(height * 3 // 2, width)} to {self._out_shape}, contiguous; the kernel takes such: {self.fits}"
             )
-        luma, chroma = self._pointers
-        given = (_Plane * 3)(
-            *(
-                _Plane(plane.ctypes.data, plane.strides[0], *taps)
-                for plane, taps in zip(planes, (luma, chroma, chroma), strict=True)
-            )
+        at, n_luma = image.ctypes.data, height * width
+        (luma, chroma) = self._pointers
+        planes = (_Plane * 3)(
+            _Plane(at, width, *luma),
+            _Plane(at + n_luma, width // 2, *chroma),
+            _Plane(at + n_luma * 5 // 4, width // 2, *chroma),
         )
         library = kernels()
         assert library is not None
-        if library.edgefold_resample_planes(given, self._factors, color == "RGB", out.ctypes.data):
+        if library.edgefold_resample_planes(planes, self._factors, color == "RGB", out.ctypes.data):
             raise MemoryError(f"no memory to resize an image of {width}×{height}")
 
 

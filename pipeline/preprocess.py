@@ -36,19 +36,11 @@ from pipeline.artifacts import PixelFormat, PreprocessSpec, YuvCoding
 from pipeline.errors import DataError
 from pipeline.kernels import kernels
 from pipeline.planar import PlanarResampler
-from pipeline.yuv import planes_of, planes_to_bgr
+from pipeline.yuv import planes_to_bgr
 
-__all__ = [
-    "affine",
-    "crop_start",
-    "normalize",
-    "planar_resampler",
-    "preprocess_sha256",
-    "resized_hw",
-    "to_network_pixels",
-]
+__all__ = ["affine", "crop_start", "normalize", "preprocess_sha256", "resized_hw", "to_network_pixels"]
 
-_CHANNELS: dict[str, int] = {"RGB": 3, "BGR": 3, "GRAY": 1, "RGBA": 4, "BGRA": 4, "NETWORK": 3}
+_CHANNELS: dict[str, int] = {"RGB": 3, "BGR": 3, "GRAY": 1, "RGBA": 4, "BGRA": 4}
 _RESAMPLE = {
     "nearest": Image.Resampling.NEAREST,
     "bilinear": Image.Resampling.BILINEAR,
@@ -69,8 +61,6 @@ def to_network_pixels(
 ) -> NDArray[np.uint8]:
     """Resize, crop and order the channels of one image.
 
-    What is ``NETWORK`` already came through here, for the same `spec` and `color`, and is left alone.
-
     Gray becomes three equal channels; alpha is dropped, not blended. Wider pixels (16-bit, float)
     are refused: how many of their bits are used is the camera's secret.
 
@@ -90,21 +80,11 @@ def to_network_pixels(
             size, or (``resize="none"``) a size other than ``spec.input_hw``.
     """
     pixels = _checked(image, pixel_format, yuv)
-    if pixel_format == "NETWORK":
-        if pixels.shape[:2] != spec.input_hw:
-            raise DataError(
-                f"a frame was made {pixels.shape[1]}×{pixels.shape[0]} for a network that takes "
-                f"{spec.input_hw[1]}×{spec.input_hw[0]}"
-            )
-        if out is None:
-            return np.ascontiguousarray(pixels)
-        out[...] = pixels
-        return out
     target = np.empty((*spec.input_hw, 3), np.uint8) if out is None else out
     if yuv is not None and pixel_format == "I420":
-        planar = planar_resampler(spec, (pixels.shape[0] * 2 // 3, pixels.shape[1]), yuv)
+        planar = _planar(spec, pixels.shape[0] * 2 // 3, pixels.shape[1], yuv)
         if planar is not None:
-            planar.resample(planes_of(pixels), color, target)
+            planar.resample(pixels, color, target)
             return target
         pixels, pixel_format = planes_to_bgr(pixels, yuv), "BGR"
     swap = pixel_format[:3] != color
@@ -227,13 +207,13 @@ def _checked_planes(image: NDArray[np.uint8], yuv: YuvCoding | None) -> NDArray[
 
 
 @functools.lru_cache(maxsize=64)
-def planar_resampler(spec: PreprocessSpec, hw: tuple[int, int], yuv: YuvCoding) -> PlanarResampler | None:
-    """What resizes the planes of a picture of a size; ``None``: it is turned into BGR and takes that way."""
-    if spec.resize == "none" or _resampling(spec, *hw) is None:
+def _planar(spec: PreprocessSpec, height: int, width: int, yuv: YuvCoding) -> PlanarResampler | None:
+    """What resizes planes of a size; ``None``: they are turned into BGR and take its way."""
+    if spec.resize == "none" or _resampling(spec, height, width) is None:
         return None
-    resized = resized_hw(*hw, spec)
+    resized = resized_hw(height, width, spec)
     crop = (crop_start(resized[0], spec.input_hw[0]), crop_start(resized[1], spec.input_hw[1]))
-    made = PlanarResampler(spec, hw, yuv, resized, crop)
+    made = PlanarResampler(spec, (height, width), yuv, resized, crop)
     return made if made.fits else None
 
 

@@ -49,11 +49,7 @@ def defect(pixels: object) -> str | None:
 
 
 def as_image(
-    pixels: NDArray[np.uint8],
-    color: Literal["RGB", "BGR"],
-    yuv: YuvCoding | None = None,
-    *,
-    network: bool = False,
+    pixels: NDArray[np.uint8], color: Literal["RGB", "BGR"], yuv: YuvCoding | None = None
 ) -> tuple[NDArray[np.uint8], PixelFormat]:
     """Names the format of an array that `defect` accepts, and makes it contiguous (values unchanged).
 
@@ -61,16 +57,12 @@ def as_image(
         pixels: uint8 (H, W) or (H, W, C).
         color: the order in which the source delivers three channels.
         yuv: the coding of planes, which lie as a decoder's reader has put them.
-        network: it is made for the network already.
 
     Returns:
-        uint8 (H, W) with ``GRAY``, or (H, W, C) with the format of its channels; (3H/2, W) with ``I420``;
-        (H, W, 3) with ``NETWORK``.
+        uint8 (H, W) with ``GRAY``, or (H, W, C) with the format of its channels; (3H/2, W) with ``I420``.
     """
     if yuv is not None:
         return np.ascontiguousarray(pixels), "I420"
-    if network:
-        return np.ascontiguousarray(pixels), "NETWORK"
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
     channels = 1 if pixels.ndim == 2 else pixels.shape[2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,6 @@ from apps.streaming.config_check import check_options
 from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, StreamView
 from apps.streaming.display import ShownSource, StreamDisplay
 from apps.streaming.engine_slot import EngineSlot
-from apps.streaming.fitting import pixels_to_read, require_same_pixels
 from apps.streaming.loading import EngineRequest, LoadedEngine, check_golden, load_engine
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.outputs import SourceOutput, open_event_outputs
@@ -25,7 +23,7 @@ from apps.streaming.runtime import END_OF_SOURCE, Answer, RuntimeLimits, StreamR
 from apps.streaming.scheduling import RuntimeFeed
 from apps.streaming.signals import stream_signals
 from apps.streaming.sinks import PredictionLog, Window, window_obstacle
-from apps.streaming.sources import ModelClasses, NetworkPixels, SourceUri, parse_source
+from apps.streaming.sources import ModelClasses, SourceUri, parse_source
 from apps.streaming.summary import StreamSummary, summarize
 from pipeline.errors import DataError, DeviceFaultError, IntegrityError, UsageError
 
@@ -136,15 +134,14 @@ class StreamSession:
             engine = load_engine(config.bundle, request)
             self._slot = EngineSlot(engine)
             stack.callback(self._close_engine)
-            pixels = pixels_to_read(config, uris, engine)
             self._reloader = Reloader(
                 self._slot,
                 config.bundle,
-                functools.partial(_load_alike, request=request, pixels=pixels),
+                functools.partial(load_engine, request=request),
                 self._on_swap,
             )
             stack.callback(self._close_together)
-            self._open_sources(uris, dataclasses.replace(engine.classes, pixels=pixels))
+            self._open_sources(uris, engine.classes)
             self._max_age_ms = self._budget_ms()
             self._notifier = stack.enter_context(Notifier())
             self._states = StateLog()
@@ -388,16 +385,6 @@ class StreamSession:
                 f"dropped {_reasons(summary.dropped)}" + "".join(f"; {note}" for note in summary.notes)
             )
         return summary
-
-
-def _load_alike(bundle: Path, request: EngineRequest, pixels: NetworkPixels | None) -> LoadedEngine:
-    engine = load_engine(bundle, request)
-    try:
-        require_same_pixels(engine, pixels)
-    except UsageError:
-        engine.runner.close()
-        raise
-    return engine
 
 
 def _capture_feed() -> FeedOpener:

@@ -77,9 +77,9 @@ def test_each_plane_is_filtered_as_pillow_filters(interpolation: Any, coding: Yu
                 if not made.fits:
                     continue
                 out = np.empty((*input_hw, 3), np.uint8)
-                made.resample(planes_of(noise(*hw, seed)), "BGR", out)
+                made.resample(noise(*hw, seed), "BGR", out)
                 np.testing.assert_array_equal(out, by_plane(noise(*hw, seed), spec, coding))
-                made.resample(planes_of(noise(*hw, seed)), "RGB", out)
+                made.resample(noise(*hw, seed), "RGB", out)
                 np.testing.assert_array_equal(out[..., ::-1], by_plane(noise(*hw, seed), spec, coding))
 
 
@@ -112,7 +112,7 @@ def test_with_and_without_byte_products_any_size(plain_kernel, hw, to, crop_frac
         out = np.full((to[0] + 2, to[1], 3), 77, np.uint8)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planar, "kernels", lambda library=library: library)
-            made.resample(planes_of(noise(*hw, seed)), "RGB", out[1:-1])
+            made.resample(noise(*hw, seed), "RGB", out[1:-1])
         assert (out[[0, -1]] == 77).all()  # nothing is written beside it
         results.append(out[1:-1])
     np.testing.assert_array_equal(*results)
@@ -169,12 +169,12 @@ def test_without_the_kernel_it_is_that_other_order(monkeypatch: pytest.MonkeyPat
     planes = rgb_to_planes(photograph(), CODINGS[1])
     for module in (preprocess, yuv):
         monkeypatch.setattr(module, "kernels", lambda: None)
-    preprocess.planar_resampler.cache_clear()
+    preprocess._planar.cache_clear()
     preprocess._resampling.cache_clear()
     try:
         found = to_network_pixels(planes, "I420", INCEPTION, "BGR", yuv=CODINGS[1])
     finally:
-        preprocess.planar_resampler.cache_clear()
+        preprocess._planar.cache_clear()
         preprocess._resampling.cache_clear()
     monkeypatch.undo()
     expected = to_network_pixels(planes_to_bgr(planes, CODINGS[1]), "BGR", INCEPTION, "BGR")

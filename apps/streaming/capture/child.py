@@ -151,9 +151,7 @@ class _Capture:
             return
         self._link.pause(self._pacer.delay_s(time.monotonic()))
         timestamp_ns = time.monotonic_ns()
-        image, pixel_format = as_image(
-            delivered.pixels, self._source.color, delivered.yuv, network=delivered.network
-        )
+        image, pixel_format = as_image(delivered.pixels, self._source.color, delivered.yuv)
         if self._ring is None or image.nbytes > self._ring.slot_bytes:
             slot = self._new_ring(image.nbytes)
         if slot is None:

@@ -130,9 +130,7 @@ class ThreadFeed(CaptureFeed):
                 self._closing.wait(_NO_IMAGE_PAUSE_S)  # one that fails at once would spin
             return
         self._closing.wait(pacer.delay_s(time.monotonic()))
-        image, pixel_format = as_image(
-            delivered.pixels, source.color, delivered.yuv, network=delivered.network
-        )
+        image, pixel_format = as_image(delivered.pixels, source.color, delivered.yuv)
         now_ns = time.monotonic_ns()
         frame = Frame(image, pixel_format, self.source_id, index, now_ns, delivered.label, delivered.yuv)
         height, width = picture_hw(image, pixel_format)

@@ -70,7 +70,7 @@ def open_source(uri: SourceUri, classes: ModelClasses, fps: float | None = None)
     notes: list[str] = []
     labels = classes.named(None, notes)
     if _may_be_planar(uri):
-        video = open_planar(uri, labels, notes, classes.pixels)
+        video = open_planar(uri, labels, notes)
         if video is not None:
             return video
     cv2 = opencv.load(f"reading {uri.shown}")

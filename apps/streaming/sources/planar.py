@@ -24,13 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from apps.streaming.sources.recorded import Recording
-from apps.streaming.sources.source import DEFAULT_FPS, Delivered, NetworkPixels
+from apps.streaming.sources.source import DEFAULT_FPS, Delivered
 from apps.streaming.uri_options import MAX_FPS
 from apps.streaming.uris import SourceUri
 from pipeline.artifacts import YuvCoding, YuvMatrix
 from pipeline.errors import DataError
 from pipeline.kernels import kernels
-from pipeline.preprocess import planar_resampler
 from pipeline.yuv import planes_of
 
 __all__ = ["PlanarVideo", "open_planar"]
@@ -47,16 +46,13 @@ thread, and beside an engine that holds another CPU both may wait: 1080p of H.26
 three threads, 4.2 with six."""
 
 
-def open_planar(
-    uri: SourceUri, labels: tuple[str, ...], notes: list[str], pixels: NetworkPixels | None = None
-) -> PlanarVideo | None:
+def open_planar(uri: SourceUri, labels: tuple[str, ...], notes: list[str]) -> PlanarVideo | None:
     """Opens a video file; ``None`` where it is OpenCV's to read.
 
     Args:
         uri: of the kind ``video``.
         labels: of the engine.
         notes: the source's.
-        pixels: what to make of its pictures.
     """
     if kernels() is None:
         return None  # what would have to be turned into BGR all the same, OpenCV does better
@@ -65,7 +61,7 @@ def open_planar(
     except ImportError:
         return None
     try:
-        video = PlanarVideo(av, uri, labels, notes, pixels)
+        video = PlanarVideo(av, uri, labels, notes)
     except DataError:
         return None
     if video.is_planar:
@@ -75,14 +71,13 @@ def open_planar(
 
 
 class PlanarVideo(Recording):
-    """A video file as planes, or as the network takes its pictures.
+    """A video file as planes.
 
     Args:
         av: the module.
         uri: says what part, and whether to loop.
         labels: of the engine.
         notes: the source's.
-        pixels: of the network; pictures that `pipeline.planar` does not resize are handed on as planes.
 
     Raises:
         DataError: it cannot be opened, or holds no video; `read` raises it where it cannot be opened again.
@@ -90,20 +85,12 @@ class PlanarVideo(Recording):
 
     color: Literal["RGB", "BGR"] = "BGR"
 
-    def __init__(
-        self,
-        av: ModuleType,
-        uri: SourceUri,
-        labels: tuple[str, ...],
-        notes: list[str],
-        pixels: NetworkPixels | None = None,
-    ) -> None:
+    def __init__(self, av: ModuleType, uri: SourceUri, labels: tuple[str, ...], notes: list[str]) -> None:
         self.source_id = uri.shown
         self.labels = labels
         self.notes = notes
         self._av = av
         self._uri = uri
-        self._pixels = pixels
         self._container: Any = None
         self._begin()
         rate = float(self._stream.average_rate or 0)
@@ -176,20 +163,14 @@ class PlanarVideo(Recording):
         coding = self._coding(picture)
         if coding is None:
             return Delivered(picture.to_ndarray(format="bgr24"))
-        planes = [
-            np.frombuffer(plane, np.uint8).reshape(plane.height, plane.line_size)[:, : plane.width]
-            for plane in picture.planes
-        ]
-        if self._pixels is not None:
-            resampler = planar_resampler(self._pixels.spec, planes[0].shape, coding)
-            if resampler is not None:
-                out = _room(into, (*self._pixels.spec.input_hw, 3))
-                resampler.resample(planes, self._pixels.color, out)
-                return Delivered(out, network=True)
-        out = _room(into, (picture.height * 3 // 2, picture.width))
-        for plane, place in zip(planes, planes_of(out), strict=True):
-            np.copyto(place, plane)
-        return Delivered(out, yuv=coding)
+        height, width = picture.height, picture.width
+        shape = (height * 3 // 2, width)
+        if into is None or into.shape != shape:
+            into = np.empty(shape, np.uint8)
+        for plane, place in zip(picture.planes, planes_of(into), strict=True):
+            rows = np.frombuffer(plane, np.uint8).reshape(place.shape[0], plane.line_size)
+            np.copyto(place, rows[:, : place.shape[1]])
+        return Delivered(into, yuv=coding)
 
     def _coding(self, picture: Any) -> YuvCoding | None:
         """What the planes of a picture mean; ``None`` where they are not handed on."""
@@ -206,10 +187,6 @@ class PlanarVideo(Recording):
         if self._stream.duration is not None:
             return float(self._stream.duration * self._stream.time_base)
         return (self._container.duration or 0) / float(self._av.time_base)
-
-
-def _room(into: NDArray[np.uint8] | None, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return into if into is not None and into.shape == shape else np.empty(shape, np.uint8)
 
 
 @functools.cache

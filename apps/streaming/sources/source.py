@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.artifacts import PreprocessSpec, YuvCoding
+from pipeline.artifacts import YuvCoding
 
-__all__ = ["DEFAULT_FPS", "Delivered", "ModelClasses", "NetworkPixels", "Source"]
+__all__ = ["DEFAULT_FPS", "Delivered", "ModelClasses", "Source"]
 
 DEFAULT_FPS = 30.0
 
@@ -24,27 +24,15 @@ class Delivered:
     label: int | None = None
     yuv: YuvCoding | None = None
     """`pixels` are ``I420`` planes, and this their coding; else they have channels in the source's `color`."""
-    network: bool = False
-    """`pixels` are what was asked for by `ModelClasses.pixels`."""
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkPixels:
-    """What the engine takes: pixels of one geometry, their channels in one order."""
-
-    spec: PreprocessSpec
-    color: Literal["RGB", "BGR"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelClasses:
-    """What a source may know of the engine: how many scores it gives, what they are called, and what it takes."""
+    """The classes of the engine: how many scores it gives, and what they are called."""
 
     labels: tuple[str, ...]
     """As many as `count`; or none, where the model came without names."""
     count: int
-    pixels: NetworkPixels | None = None
-    """Where nobody looks at the pictures: a source may hand over just these."""
 
     def named(self, source_names: Sequence[str] | None, notes: list[str]) -> tuple[str, ...]:
         """The labels; without them the source's class names where they are as many, else numbers."""

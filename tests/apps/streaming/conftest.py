@@ -139,9 +139,7 @@ class ThreadFeed:
             capture_s = time.monotonic() - started_s
             due_s = max(due_s + self._pace_s, time.monotonic() - self._pace_s)
             time.sleep(max(0.0, due_s - time.monotonic()) if self._pace_s else 0.0)
-            image, pixel_format = as_image(
-                delivered.pixels, self._source.color, delivered.yuv, network=delivered.network
-            )
+            image, pixel_format = as_image(delivered.pixels, self._source.color, delivered.yuv)
             now_ns = time.monotonic_ns()
             frame = Frame(
                 image, pixel_format, self.source_id, index - 1, now_ns, delivered.label, delivered.yuv

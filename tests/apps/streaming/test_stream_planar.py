@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 from tolerances import PLANAR_FILM_MAX_LEVELS, PLANAR_FILM_MEAN_LEVELS, YUV_ROUNDING_LEVELS
 
 from apps.streaming.overlay import to_bgr
-from apps.streaming.sources import Delivered, ModelClasses, NetworkPixels, Source, open_source, parse_source
+from apps.streaming.sources import Delivered, ModelClasses, Source, open_source, parse_source
 from apps.streaming.sources.captures import RecordedVideo
 from apps.streaming.sources.planar import PlanarVideo
 from pipeline.artifacts import PreprocessSpec, YuvCoding
@@ -255,29 +254,3 @@ def test_a_file_that_is_gone_when_it_begins_again_is_an_error(tmp_path: Path) ->
     film.unlink()
     with pytest.raises(DataError, match=r"film.mp4#loop cannot be opened as a video"):
         source.read()
-
-
-@pytest.mark.parametrize("color", ["RGB", "BGR"])
-def test_pictures_for_the_network_are_those_of_its_planes(tmp_path: Path, color: Any) -> None:
-    film = write_film(tmp_path / "film.mp4", matrix=BT709, hw=(94, 122))  # rows of planes are padded
-    spec = PreprocessSpec((40, 48), interpolation="bicubic", crop_fraction=0.875)
-    planes = drain(open_source(parse_source(str(film)), ANT))
-    source = open_source(parse_source(str(film)), replace(ANT, pixels=NetworkPixels(spec, color)))
-    for frame in planes:
-        into = np.zeros((40, 48, 3), np.uint8)
-        made = source.read(into)
-        assert made is not None
-        assert made.pixels is into
-        assert (made.network, made.yuv) == (True, None)
-        expected = to_network_pixels(frame.pixels, "I420", spec, color, yuv=frame.yuv)
-        np.testing.assert_array_equal(into, expected)
-    assert source.read() is None
-    source.close()
-
-
-def test_what_the_planes_kernel_does_not_resize_stays_planes(tmp_path: Path) -> None:
-    film = write_film(tmp_path / "film.mp4")
-    pixels = NetworkPixels(PreprocessSpec((40, 48), interpolation="nearest"), "BGR")
-    frames = drain(open_source(parse_source(str(film)), replace(ANT, pixels=pixels)))
-    assert [frame.network for frame in frames] == [False] * 12
-    assert all(frame.yuv is not None for frame in frames)

@@ -13,9 +13,7 @@ import pytest
 from apps.streaming.capture import open_feed
 from apps.streaming.config import CaptureLimits, SourceConfig
 from apps.streaming.metrics import StreamMetrics
-from apps.streaming.sources import ModelClasses, NetworkPixels, open_source, parse_source
-from pipeline.artifacts import PreprocessSpec
-from pipeline.kernels import kernels
+from apps.streaming.sources import ModelClasses, open_source, parse_source
 
 cv2 = pytest.importorskip("cv2", reason="needs OpenCV")
 
@@ -68,39 +66,3 @@ def test_frames_are_those_of_the_file_even_if_capture_is_killed(
     snapshot = metrics.snapshot()
     assert snapshot.frames_read == 40
     assert snapshot.dropped == {}
-
-
-@pytest.mark.skipif(os.uname().sysname != "Linux", reason="capture processes need Linux")
-def test_a_film_for_the_network_comes_in_its_size(tmp_path: Path) -> None:
-    pytest.importorskip("av", reason="needs PyAV")
-    if kernels() is None:
-        pytest.skip("pipeline/planar.c was not compiled")
-    path = tmp_path / "clip.avi"
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 30.0, (160, 120))
-    rng = np.random.default_rng(0)
-    for _ in range(12):
-        writer.write(np.kron(rng.integers(0, 256, (6, 8, 3), np.uint8), np.ones((20, 20, 1), np.uint8)))
-    writer.release()
-    classes = ModelClasses((), 3, NetworkPixels(PreprocessSpec((24, 32), "squash"), "RGB"))
-    uri = parse_source(str(path))
-    here = open_source(uri, classes)
-    metrics = StreamMetrics()
-    feed = open_feed(SourceConfig(str(path)), uri, classes, CaptureLimits(), metrics)
-    feed.start(lambda: None)
-    deadline_s = time.monotonic() + 30
-    while not feed.exhausted:
-        assert time.monotonic() < deadline_s, feed.status()
-        captured = feed.take()
-        if captured is None:
-            time.sleep(0.001)
-            continue
-        expected = here.read()
-        assert expected is not None
-        assert expected.network
-        assert captured.frame.pixel_format == "NETWORK"
-        np.testing.assert_array_equal(captured.frame.image, expected.pixels)
-        captured.release()
-    assert here.read() is None
-    assert feed.failure() is None
-    feed.close()
-    assert metrics.snapshot().frames_read == 12
