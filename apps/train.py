@@ -103,10 +103,11 @@ def train_command(
     )
     dataset = open_dataset(data)
     torch.manual_seed(seed)
-    network, spec = _network(model, class_count(dataset), width, input_size, preprocess)
+    network, spec, initial_sha256 = _network(model, class_count(dataset), width, input_size, preprocess)
     with progress_display() as progress:
         table = materialize(dataset, spec, out / "pixels", progress)
-        initial_sha256 = None if weights is None else _start_from(network, weights)
+        if weights is not None:
+            initial_sha256 = _start_from(network, weights)
         taught_by = None
         if teacher:
             from apps.teaching import ask_teachers
@@ -162,10 +163,17 @@ def train_command(
 
 def _network(
     model: str, num_classes: int, width: float, input_size: int | None, preprocess: Path | None
-) -> tuple[nn.Module, PreprocessSpec]:
-    """The network to train, with random weights or its factory's, and what its pixels go through."""
+) -> tuple[nn.Module, PreprocessSpec, str | None]:
+    """The network to train, what its pixels go through, and the digest of weights that a factory gave it.
+
+    Raises:
+        ModelSpecError: there is no such network, or it has not `num_classes` outputs.
+    """
+    import torch
+
     from pipeline.artifacts import PreprocessSpec
     from pipeline.errors import ModelSpecError
+    from pipeline.judges import module_sha256
     from pipeline.models.registry import NETWORKS
     from pipeline.models.resolve import read_preprocess
     from pipeline.models.sources import open_source
@@ -178,10 +186,18 @@ def _network(
         side = input_size or _BUILTIN_INPUT
         spec = given or PreprocessSpec((side, side))
         options = {"width": width} if builtin.has_width else {}
-        return builtin.build(num_classes, spec.input_hw[0], **options), spec
+        return builtin.build(num_classes, spec.input_hw[0], **options), spec, None
     source = open_source(model, input_size, None)
     network = source.build(num_classes)
-    return network, given or source.preprocess(network).spec
+    spec = given or source.preprocess(network).spec
+    with torch.inference_mode():
+        n_outputs = network.eval()(torch.zeros(1, 3, *spec.input_hw)).shape[-1]
+    if n_outputs != num_classes:
+        raise ModelSpecError(
+            f"{model} gives {n_outputs} scores and the data has {num_classes} classes: let the factory take num_classes, "
+            "or return a network with that many outputs"
+        )
+    return network, spec, module_sha256(network) if source.has_own_weights else None
 
 
 def _start_from(network: nn.Module, path: Path) -> str:
