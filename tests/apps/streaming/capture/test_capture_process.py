@@ -320,15 +320,15 @@ def _reconnects(scripted: Callable[..., Any], count: int) -> None:
     source.until(lambda: source.feed.status().restarts >= 5)
     held = Held()
     source.until(lambda: source.feed.status().restarts >= count, PATIENCE_S + count)
-    # Between two captures fewer are open than in one.
-    source.until(lambda: n_descriptors() <= held.descriptors + 4)
+    # Between two captures up to seven fewer are open than while one is started, and either count may be of either.
+    source.until(lambda: n_descriptors() <= held.descriptors + 8)
     source.close()
     held.has_not_grown()
     source.books()
 
 
 def test_reconnects_leak_nothing(scripted: Callable[..., Any]) -> None:
-    _reconnects(scripted, 12)
+    _reconnects(scripted, 20)
 
 
 @pytest.mark.slow
