@@ -73,7 +73,7 @@ _CAMERA = _Table(
 )
 _SMALL = _Table(
     stem=(24, 64),
-    channels=(64, 256, 256),
+    channels=(128, 256, 256),
     depths=(1, 1, 1),
     a=(32, (32, 32), (32, 32, 32)),
     b=(64, (64, 64, 64)),
@@ -81,7 +81,7 @@ _SMALL = _Table(
     factorized=5,
     pooled=True,
     squeeze=None,
-    features=320,
+    features=256,
 )
 
 
@@ -99,7 +99,7 @@ class InceptionResNetLite(nn.Module):
 
     Args:
         num_classes: outputs of the head.
-        width: multiplier of every channel count; 1.0 has 1.0 M parameters with ten classes, 2.3 M in
+        width: multiplier of every channel count; 1.0 has 1.0 M parameters with ten classes, 2.5 M in
             the table for small inputs.
         small_input: the table for inputs up to `SMALL_INPUT_PX`.
         scales: residual scale of the stages A, B, C.
