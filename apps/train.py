@@ -27,8 +27,8 @@ def train_command(
     model: Annotated[
         str,
         typer.Argument(
-            help="A built-in network (inception_resnet_lite, inception_v3, …), timm:NAME, torchvision:NAME or "
-            "path/to/file.py:factory, which starts from the weights the factory gives."
+            help="A built-in network (inception_resnet_lite, inception_v3, …), timm:NAME, torchvision:NAME, or what "
+            "starts from weights of its own: inception_resnet_lite.signs, path/to/file.py:factory."
         ),
     ],
     data: Annotated[str, typer.Option(help="Labelled DATA to train on (see `edgefold build --help`).")],
@@ -87,6 +87,7 @@ def train_command(
     import torch
 
     from pipeline.datasets import open_dataset
+    from pipeline.models.registry import NETWORKS
     from pipeline.training.loop import EpochResult, TrainingRun, train
     from pipeline.training.pixels import Augmentation, class_count, materialize, split
     from pipeline.training.recipes import recipe_named
@@ -103,11 +104,11 @@ def train_command(
     )
     dataset = open_dataset(data)
     torch.manual_seed(seed)
-    network, spec, initial_sha256 = _network(model, class_count(dataset), width, input_size, preprocess)
+    network, spec, initial_sha256 = _network(
+        model, class_count(dataset), width, input_size, preprocess, weights
+    )
     with progress_display() as progress:
         table = materialize(dataset, spec, out / "pixels", progress)
-        if weights is not None:
-            initial_sha256 = _start_from(network, weights)
         taught_by = None
         if teacher:
             from apps.teaching import ask_teachers
@@ -136,8 +137,9 @@ def train_command(
             progress=progress,
             on_epoch=report,
         )
+    untagged = model.partition(".")[0]
     card = {
-        "model": model,
+        "model": untagged if untagged in NETWORKS else model,
         "width": width,
         "input_size": spec.input_hw[0],
         "num_classes": len(table.class_names),
@@ -162,20 +164,27 @@ def train_command(
 
 
 def _network(
-    model: str, num_classes: int, width: float, input_size: int | None, preprocess: Path | None
+    model: str,
+    num_classes: int,
+    width: float,
+    input_size: int | None,
+    preprocess: Path | None,
+    weights: Path | None,
 ) -> tuple[nn.Module, PreprocessSpec, str | None]:
-    """The network to train, what its pixels go through, and the digest of weights that a factory gave it.
+    """The network to train, what its pixels go through, and the digest of what it starts from.
+
+    That is the file `weights`, the bundled weights that the name stands for, or what a factory gave it; ``None``:
+    random weights.
 
     Raises:
         ModelSpecError: there is no such network, or it has not `num_classes` outputs.
+        WeightsError: the weights are not this network's.
     """
-    import torch
-
     from pipeline.artifacts import PreprocessSpec
-    from pipeline.errors import ModelSpecError
+    from pipeline.errors import ModelSpecError, WeightsError
     from pipeline.judges import module_sha256
     from pipeline.models.registry import NETWORKS
-    from pipeline.models.resolve import read_preprocess
+    from pipeline.models.resolve import count_outputs, read_preprocess
     from pipeline.models.sources import open_source
 
     given = read_preprocess(preprocess) if preprocess else None
@@ -186,17 +195,22 @@ def _network(
         side = input_size or _BUILTIN_INPUT
         spec = given or PreprocessSpec((side, side))
         options = {"width": width} if builtin.has_width else {}
-        return builtin.build(num_classes, spec.input_hw[0], **options), spec, None
+        network = builtin.build(num_classes, spec.input_hw[0], **options)
+        return network, spec, None if weights is None else _start_from(network, weights)
     source = open_source(model, input_size, None)
+    if weights is not None and source.bundled is not None:
+        raise WeightsError(f"{model} names its own weights, and --weights others: drop one of the two")
     network = source.build(num_classes)
     spec = given or source.preprocess(network).spec
-    with torch.inference_mode():
-        n_outputs = network.eval()(torch.zeros(1, 3, *spec.input_hw)).shape[-1]
+    n_outputs = count_outputs(model, network.eval(), spec)
     if n_outputs != num_classes:
         raise ModelSpecError(
             f"{model} gives {n_outputs} scores and the data has {num_classes} classes: let the factory take num_classes, "
             "or return a network with that many outputs"
         )
+    start = weights or source.bundled
+    if start is not None:
+        return network, spec, _start_from(network, start)
     return network, spec, module_sha256(network) if source.has_own_weights else None
 
 

@@ -124,7 +124,7 @@ def resolve_model(
         preprocess = weighted.preprocess or source.preprocess(module)
     # What is fed to random weights is of no consequence.
     assumptions = () if isinstance(option, RandomWeights) else _preprocess_notes(preprocess)
-    outputs = _count_outputs(spec, module, preprocess.spec)
+    outputs = count_outputs(spec, module, preprocess.spec)
     _check_outputs(spec, outputs, num_classes)
     return ResolvedModel(
         spec=spec,
@@ -243,8 +243,13 @@ def _refusing_input(spec: str, input_hw: tuple[int, int]) -> Iterator[None]:
         ) from error
 
 
-def _count_outputs(spec: str, module: nn.Module, preprocess: PreprocessSpec) -> int:
-    """Runs one image of noise through and counts the logits."""
+def count_outputs(spec: str, module: nn.Module, preprocess: PreprocessSpec) -> int:
+    """Runs one image of noise through `module`, in eval mode, and counts the logits.
+
+    Raises:
+        ModelSpecError: it does not take the input, or returns something else than logits.
+        WeightsError: they are not finite.
+    """
     noise = torch.randn((1, 3, *preprocess.input_hw), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode(), _refusing_input(spec, preprocess.input_hw):
         output = module(noise)

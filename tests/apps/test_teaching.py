@@ -46,12 +46,16 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tinted_images(tmp_path_factory.mktemp("images"))
 
 
-def built(folder: Path, factory: str, images: Path) -> Bundle:
+def built(folder: Path, factory: str, images: Path, labels: Path | None = None) -> Bundle:
     (folder / "model.py").write_text(factory)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEFOLD_CACHE", str(folder / "cache"))
         request = BuildRequest(
-            f"{folder / 'model.py'}:classifier", folder / "bundle", calib=str(images), input_size=32
+            f"{folder / 'model.py'}:classifier",
+            folder / "bundle",
+            calib=str(images),
+            input_size=32,
+            labels=labels,
         )
         return build(request, quiet).bundle
 
@@ -94,6 +98,18 @@ def test_an_answer_is_the_mean_over_engines_and_mirrors(
         said = taught_by.log_probabilities
         np.testing.assert_allclose(said - said[:, :1], truth, atol=1e-3)
         assert [name for name, _ in taught_by.engines] == [path.name for path in paths]
+
+
+def test_classes_are_matched_by_name(teacher: Bundle, images: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("b_blue\na_red\n")
+    swapped = built(tmp_path, FACTORY, images, labels=names)
+    dataset = open_dataset(str(images))
+    by_order, by_name = (
+        ask_teachers([bundle.path], dataset, tmp_path / "kept", quiet, mirror=False).log_probabilities
+        for bundle in (teacher, swapped)
+    )
+    np.testing.assert_array_equal(by_name, by_order[:, ::-1])
 
 
 def test_it_is_asked_once(

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from apps.cli import main
 from pipeline.models.resolve import resolve_model
+from pipeline.models.weights import bundled_weights
 
 FROZEN = """
 import torch
@@ -64,6 +65,24 @@ def test_training_goes_on_from_weights_of_another_run(
     assert card["initial_weights_sha256"] == expected
     assert run("inception_resnet_lite", "--out", str(tmp_path / "third"), *data, *shape[:2], *weights) == 2
     assert "file 16, model 32" in capfd.readouterr().err, "of another width"
+
+
+def test_a_bundled_name_starts_from_its_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", "synthetic:5:48", "--holdout", "12", "--epochs", "1", "--batch-size", "16", "--no-flip"]
+    out = ["--out", str(tmp_path / "out")]
+    # At a learning rate of nothing the weights stay those of the name.
+    assert run("inception_resnet_lite.signs", *out, *data, "--lr", "1e-6") == 0
+    before, card = bundled_weights("inception_resnet_lite", "signs")
+    after = load_file(tmp_path / "out" / "weights.safetensors")
+    kernel = "features.conv.weight"
+    assert (load_file(before)[kernel].float() - after[kernel].float()).abs().max() < 1e-3
+    written = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert written["initial_weights_sha256"] == hashlib.sha256(before.read_bytes()).hexdigest()
+    assert tuple(written["preprocess"]["input_hw"]) == card.preprocess.input_hw
+    trained = resolve_model("inception_resnet_lite", weights=str(tmp_path / "out" / "weights.safetensors"))
+    assert trained.num_classes == 12
+    assert run("inception_resnet_lite.signs", *out, *data, "--weights", str(before)) == 2
+    assert "drop one of the two" in capfd.readouterr().err
 
 
 def test_a_factory_of_another_class_count_is_refused(
