@@ -76,8 +76,15 @@ def train_command(
     cutout: Annotated[int, typer.Option(min=0, help="Side of the square blanked out, in pixels.")] = 0,
     seed: Annotated[int, typer.Option(help="Of the initial weights, the order and the augmentation.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu, cuda, or cuda:1 where PyTorch has several; cuda where it has one, else cpu.",
+            show_default=False,
+        ),
+    ] = None,
     bf16: Annotated[
-        bool, typer.Option(help="bfloat16 arithmetic: several times faster on CPUs with AMX.")
+        bool, typer.Option(help="bfloat16 arithmetic: several times faster on a GPU, and on CPUs with AMX.")
     ] = False,
     compile_: Annotated[
         bool, typer.Option("--compile", help="torch.compile: minutes to start, faster after.")
@@ -94,6 +101,7 @@ def train_command(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    where = _device(device)
     chosen = recipe_named(recipe)
     chosen = dataclasses.replace(
         chosen,
@@ -116,7 +124,15 @@ def train_command(
             taught_by = ask_teachers(teacher, dataset, out / "pixels", progress, mirror=flip)
         train_indices, held_indices = split(table.labels, holdout, seed)
         run = TrainingRun(
-            chosen, Augmentation(flip, shift, cutout), spec, seed, bf16, compile_, initial_sha256, taught_by
+            recipe=chosen,
+            augmentation=Augmentation(flip, shift, cutout),
+            preprocess=spec,
+            seed=seed,
+            bf16=bf16,
+            compile=compile_,
+            device=where,
+            initial_sha256=initial_sha256,
+            teacher=taught_by,
         )
         results: list[EpochResult] = []
 
@@ -161,6 +177,28 @@ def train_command(
     }
     _write(out, state, card)
     console.print(f"wrote {out / 'weights.safetensors'} and {out / 'card.json'}")
+
+
+def _device(given: str | None) -> str:
+    """Where to compute: `given`, else PyTorch's first GPU, else the CPU.
+
+    Raises:
+        UsageError: `given` is no device that PyTorch has here.
+    """
+    import torch
+
+    from pipeline.errors import UsageError
+
+    if given is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    there = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    there += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if given not in there:
+        raise UsageError(
+            f"--device {given}: PyTorch {torch.__version__} has {', '.join(there)} here; take one of these, or for a "
+            "GPU see that `nvidia-smi` answers and that PyTorch is a CUDA build"
+        )
+    return given
 
 
 def _network(

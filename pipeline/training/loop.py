@@ -54,6 +54,8 @@ class TrainingRun:
     seed: int
     bf16: bool = False
     compile: bool = False
+    device: str = "cpu"
+    """Where PyTorch computes; a run may go on elsewhere than where it began."""
     initial_sha256: str | None = None
     """Of the weights file it starts from; ``None``: from random ones."""
     teacher: Teacher | None = None
@@ -78,14 +80,17 @@ class TrainingRun:
 class _Normalize:
     """uint8 NHWC batches to the float32 NCHW tensors the network takes, by the spec's own affine."""
 
-    def __init__(self, spec: PreprocessSpec) -> None:
+    def __init__(self, spec: PreprocessSpec, device: torch.device) -> None:
         scale, shift = affine(spec)
-        self.scale = torch.tensor(scale, dtype=torch.float32).view(1, 3, 1, 1)
-        self.shift = torch.tensor(shift, dtype=torch.float32).view(1, 3, 1, 1)
+        self.device = device
+        self.scale = torch.tensor(scale, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+        self.shift = torch.tensor(shift, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
     def __call__(self, pixels: NDArray[np.uint8]) -> Tensor:
-        # Permuting NHWC gives the channels-last layout for nothing.
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() * self.scale + self.shift
+        # Bytes travel to the device, a quarter of the floats. Permuting NHWC gives the channels-last layout for
+        # nothing.
+        there = torch.from_numpy(pixels).to(self.device)
+        return there.permute(0, 3, 1, 2).float() * self.scale + self.shift
 
 
 def train(
@@ -115,11 +120,15 @@ def train(
             f"{len(train_indices)} training images do not fill one batch of {recipe.batch_size}; lower --batch-size"
         )
     total_steps = steps_per_epoch * recipe.epochs
-    model = model.to(memory_format=torch.channels_last)
-    normalize = _Normalize(run.preprocess)
+    device = torch.device(run.device)
+    # Every batch has the same shape: the fastest convolution is worth looking for once.
+    torch.backends.cudnn.benchmark = True
     if recipe.prepared and run.initial_sha256 is None:
         sample, _ = table.subset(train_indices[:: max(1, len(train_indices) // _PREPARED_FROM)])
-        prepare(model, normalize(sample), recipe.head_scale)
+        # On the CPU wherever the rest happens: the signs of eigenvectors are a library's own.
+        prepare(model, _Normalize(run.preprocess, torch.device("cpu"))(sample), recipe.head_scale)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    normalize = _Normalize(run.preprocess, device)
     optimizer = make_optimizer(recipe, model)
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(recipe.ema_decay)  # type: ignore[no-untyped-call]
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema, use_buffers=True)
@@ -140,31 +149,31 @@ def train(
             rate = learning_rate(recipe, epoch * steps_per_epoch + i, total_steps, steps_per_epoch)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"]
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=run.bf16):
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=run.bf16):
                 logits = forward(normalize(pixels))
             loss = F.cross_entropy(
-                logits.float(), torch.from_numpy(labels), label_smoothing=recipe.label_smoothing
+                logits.float(), torch.from_numpy(labels).to(device), label_smoothing=recipe.label_smoothing
             )
             if run.teacher is not None:
-                loss = taught_loss(loss, logits.float(), run.teacher.answers(batch))
+                loss = taught_loss(loss, logits.float(), run.teacher.answers(batch).to(device))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+            optimizer.step()
+            average.update_parameters(model)
+            # Asked for last: it waits for a GPU, which by now has the whole step to work on.
             value = loss.item()
             if not math.isfinite(value):
                 raise EdgefoldError(
                     f"the loss became {value} in epoch {epoch + 1}, step {i + 1} at learning rate {rate:.4g}; "
                     "lower --lr (the last good checkpoint is kept)"
                 )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-            optimizer.step()
-            average.update_parameters(model)
             total_loss += value
             progress(f"epoch {epoch + 1}/{recipe.epochs}", i + 1, steps_per_epoch)
         top1 = _top1(average.module, table, held_indices, normalize)
         _save(checkpoint, digest, model, average, optimizer, epoch + 1)
         on_epoch(EpochResult(epoch + 1, total_loss / steps_per_epoch, top1, time.monotonic() - began))
-    state: dict[str, Tensor] = average.module.state_dict()
-    return state
+    return {name: tensor.cpu() for name, tensor in average.module.state_dict().items()}
 
 
 @torch.inference_mode()
@@ -175,7 +184,7 @@ def _top1(model: nn.Module, table: PixelTable, indices: NDArray[np.int64], norma
     correct = 0
     for start in range(0, len(indices), 256):
         pixels, labels = table.subset(indices[start : start + 256])
-        correct += int((model(normalize(pixels)).argmax(1).numpy() == labels).sum())
+        correct += int((model(normalize(pixels)).argmax(1).cpu().numpy() == labels).sum())
     return 100.0 * correct / len(indices)
 
 

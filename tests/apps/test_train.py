@@ -100,6 +100,7 @@ def test_bad_requests_are_usage_errors(tmp_path: Path, capfd: pytest.CaptureFixt
         (["inception_v9", *out], "inception_v3"),
         (["inception_v3", *out, "--width", "0.5"], "width"),
         (["inception_resnet_lite", *out, "--recipe", "ancient"], "modern"),
+        (["inception_resnet_lite", *out, "--device", "gpu"], "--device gpu: PyTorch"),
     ):
         assert run(*arguments) == 2, arguments
         assert words in capfd.readouterr().err

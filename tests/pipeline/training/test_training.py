@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tolerances import GPU_TRAINING_RTOL
 from torch import nn
 
 from pipeline.artifacts import PreprocessSpec
@@ -59,12 +60,13 @@ def run_training(
     model: nn.Module | None = None,
     recipe: Recipe = RECIPE,
     stop_after: int | None = None,
+    device: str = "cpu",
     **changes: object,
 ) -> tuple[dict[str, torch.Tensor], list[EpochResult]]:
     data = table()
     train_indices, held = split(data.labels, 16, 0)
     recipe = dataclasses.replace(recipe, **{"epochs": epochs, "batch_size": 16, **changes})  # type: ignore[arg-type]
-    run = TrainingRun(recipe, Augmentation(shift_px=1), SPEC, seed=0)
+    run = TrainingRun(recipe, Augmentation(shift_px=1), SPEC, seed=0, device=device)
     results: list[EpochResult] = []
 
     def watch(result: EpochResult) -> None:
@@ -105,6 +107,29 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path: Path,
     assert [result.epoch for result in results] == [3, 4]
     for key, tensor in whole.items():
         torch.testing.assert_close(resumed[key], tensor, rtol=0, atol=0, msg=key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["modern", "fast"])
+def test_a_gpu_trains_as_the_cpu_does_and_a_run_goes_on_from_one_to_the_other(
+    tmp_path: Path, name: str
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch has no GPU here")
+    on_cpu, expected = run_training(tmp_path / "cpu", recipe=RECIPES[name])
+    on_gpu, results = run_training(tmp_path / "gpu", recipe=RECIPES[name], device="cuda")
+    with pytest.raises(_StopError):
+        run_training(tmp_path / "both", recipe=RECIPES[name], device="cuda", stop_after=2)
+    across, _ = run_training(tmp_path / "both", recipe=RECIPES[name])
+    assert [result.loss for result in results] == pytest.approx(
+        [result.loss for result in expected], rel=GPU_TRAINING_RTOL
+    )
+    for key, tensor in on_cpu.items():
+        for state in (on_gpu, across):
+            assert state[key].device.type == "cpu"
+            torch.testing.assert_close(
+                state[key], tensor, rtol=GPU_TRAINING_RTOL, atol=GPU_TRAINING_RTOL, msg=key
+            )
 
 
 def test_given_weights_are_not_prepared_over(tmp_path: Path) -> None:
