@@ -140,7 +140,7 @@ def train_command(
             results.append(result)
             console.print(
                 f"epoch {result.epoch:3d}/{chosen.epochs}  loss {result.loss:.4f}  "
-                f"held-out top-1 {result.top1:.2f}%  {result.seconds:.0f} s"
+                f"held-out top-1 {result.top1:.2f}%  {result.seconds:.3g} s"
             )
 
         state = train(
