@@ -53,11 +53,12 @@ def _needs(binding: str) -> None:
 
 
 @pytest.mark.parametrize("binding", ["cuda-python", "pycuda"])
-def test_a_binding_does_what_every_device_does(fake_driver, binding):
+@pytest.mark.parametrize("file", ["test_device_contract.py", "test_lanes_on_a_gpu.py"])
+def test_a_binding_does_what_every_device_does(fake_driver, binding, file):
     """cuda-python is the real one; pycuda is a stand-in, which keeps to pycuda's source."""
     _needs(binding)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "test_device_contract.py")],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", str(HERE / file)],
         env=_environment(fake_driver, binding),
         cwd=ROOT,
         capture_output=True,
