@@ -103,7 +103,9 @@ class CudaLibrary(FakeLibrary):
         """Compile and load the kernel; `wanted` as `FakeLibrary` takes it."""
         super().__init__(device, **wanted)
         self.spin_us = 0
-        """How long the next launches take; a captured one keeps what it was captured with."""
+        """How long each of the next launches takes; a captured one keeps what it was captured with."""
+        self.n_launches = 1
+        """Kernels of a run, one after another, as an engine has layers."""
         self.reads_nowhere = False
         """The next launches read an address that is mapped nowhere."""
         self._cuda = ctypes.CDLL("libcuda.so.1")
@@ -169,8 +171,11 @@ class CudaContext(FakeContext):
 
     def enqueue(self, handle: int, shapes: dict[str, tuple[int, ...]]) -> bool:
         n_images, *rest = shapes["pixels"]
-        status = self.library.launch(handle, n_images, int(np.prod(rest)), self.addresses)
-        return not status or self._error(f"Error Code 1: Cuda Driver ({status})")
+        for _ in range(self.library.n_launches):
+            status = self.library.launch(handle, n_images, int(np.prod(rest)), self.addresses)
+            if status:
+                return self._error(f"Error Code 1: Cuda Driver ({status})")
+        return True
 
 
 @contextlib.contextmanager
