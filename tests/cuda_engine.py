@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -110,7 +111,7 @@ class CudaLibrary(FakeLibrary):
         """The next launches read an address that is mapped nowhere."""
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._module, self._kernel = ctypes.c_void_p(), ctypes.c_void_p()
-        self._must("cuModuleLoadData", ctypes.byref(self._module), _image(device) + b"\0")
+        self._must("cuModuleLoadData", ctypes.byref(self._module), _image(device.identity.sm) + b"\0")
         self._must("cuModuleGetFunction", ctypes.byref(self._kernel), self._module, b"stand_in_engine")
 
     def close(self) -> None:
@@ -156,12 +157,13 @@ class CudaLibrary(FakeLibrary):
             raise RuntimeError(f"{name} returned {status}")
 
 
-def _image(device: Device) -> bytes:
+@functools.cache
+def _image(sm: int) -> bytes:
     if (
         DRIVER_IN_HOST_MEMORY
     ):  # it looks at no more than the first bytes, and NVRTC does not stand its presence
         return b"\x7fELF"
-    return compile_kernels(SOURCE, "stand_in_engine.cu", device.identity.sm).cubin
+    return compile_kernels(SOURCE, "stand_in_engine.cu", sm).cubin
 
 
 class CudaContext(FakeContext):

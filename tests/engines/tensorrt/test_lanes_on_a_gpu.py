@@ -96,7 +96,7 @@ def test_infer_and_submit_from_several_threads(library):
             inputs = {"pixels": images}
             try:
                 check(runner.infer(inputs) if turn % 2 else runner.submit(inputs).result(timeout=30), images)
-            except (AssertionError, EngineError) as error:
+            except Exception as error:
                 errors.append(error)
 
     with runner_of(library, EngineOptions(streams=2)) as runner:
@@ -118,7 +118,7 @@ def test_captures_stand_what_other_threads_allocate_and_free(library):
                 with device.current():
                     device.allocate(1 << 20).free()
                     device.allocate_pinned(1 << 16).free()
-        except EngineError as error:
+        except Exception as error:
             errors.append(error)
 
     library.spin_us = 200
@@ -182,6 +182,7 @@ def test_a_copy_reads_pinned_memory_when_the_stream_comes_to_it(library):
 
 
 @pytest.mark.gpu
+@pytest.mark.keeps_time
 @pytest.mark.parametrize("library", ["pycuda", "cuda-python"], indirect=True)
 def test_lanes_run_at_the_same_time(library):
     library.spin_us = 5000
@@ -195,7 +196,7 @@ def test_lanes_run_at_the_same_time(library):
                 for one, future in zip(images, futures, strict=True):
                     check(future.result(timeout=30), one)
                 seconds[n_streams] = time.perf_counter() - begin
-    assert seconds[1] >= 24 * 0.005
+    assert seconds[1] >= 0.9 * 24 * 0.005  # the device's timer is coarse
     assert seconds[4] < 0.5 * seconds[1]
 
 
