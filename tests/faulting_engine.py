@@ -8,6 +8,7 @@ the command does.
 from __future__ import annotations
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -57,4 +58,4 @@ def _told(run) -> BaseException | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    os._exit(main(*sys.argv[1:]))  # at once, as `apps.cli` does after a fault

@@ -232,7 +232,7 @@ API R cuModuleGetFunction(void **f, void *m, const char *name) {
     *f = strcmp(name, "add_bytes") ? &engine_object : &function_object;
     return 0;
 }
-API R cuFuncSetBlockShape(void *f, int x, int y, int z) { (void)x; (void)y; (void)z; return f == &function_object ? 0 : 400; }
+API R cuFuncSetBlockShape(void *f, int x, int y, int z) { (void)x; (void)y; (void)z; return f == &function_object || f == &idle_object ? 0 : 400; }
 API R cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                      unsigned shared, Stream *s, void **parameters, void **extra) {
     ENTER("cuLaunchKernel", 1);
