@@ -92,8 +92,27 @@ class FakeLibrary:
             return TensorRtApi("tensorrt_rtx", self.module, (1, 7, 1), "1.7.1")
         return TensorRtApi("tensorrt", self.module, (10, 16, 2), "10.16.2")
 
+    def in_context(self) -> bool:
+        """Whether the calling thread has a CUDA context."""
+        return self.device.depth() > 0
+
+    def has_stream(self, handle: int) -> bool:
+        return handle in self.device.streams
+
+    def is_capturing(self, handle: int) -> bool:
+        return self.device.streams[handle].tape is not None
+
+    def fault(self) -> int:
+        """The sticky code that the device has failed with, or 0."""
+        if self.fault_next:
+            self.device.sticky, self.fault_next = self.fault_next, 0
+        return self.device.sticky
+
+    def make_context(self, engine: FakeEngine, config: Any) -> FakeContext:
+        return FakeContext(engine, config)
+
     def died(self, what: str) -> None:
-        self.events.append(f"{what}{'' if self.device.depth() else ' outside of the context'}")
+        self.events.append(f"{what}{'' if self.in_context() else ' outside of the context'}")
         self.device.log.append(f"{what} destroyed")
 
 
@@ -103,7 +122,7 @@ class FakeRuntime:
         self.library, self.logger = library, logger
 
     def deserialize_cuda_engine(self, plan: bytes) -> Any:
-        if self.library.device.depth() == 0:
+        if not self.library.in_context():
             self.logger.log(FakeLogger.ERROR, "no CUDA context")
             return None
         try:
@@ -174,7 +193,7 @@ class FakeEngine:
             self.logger.log(FakeLogger.ERROR, "Error Code 2: OutOfMemory (Requested size was 123 bytes.)")
             return None
         self.library.contexts_left -= 1
-        context = FakeContext(self, config)
+        context = self.library.make_context(self, config)
         self.library.contexts.append(context)
         return context
 
@@ -207,7 +226,7 @@ class FakeContext:
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile, self.warm = profile, False
         self.shapes.clear()
-        return stream in self.library.device.streams and profile < len(self.library.profiles)
+        return self.library.has_stream(stream) and profile < len(self.library.profiles)
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         low, _, high = self.library.profiles[self.profile]
@@ -224,13 +243,10 @@ class FakeContext:
         return (batch if shape[0] < 0 else shape[0], *shape[1:])
 
     def execute_async_v3(self, handle: int) -> bool:
-        device = self.library.device
-        stream = device.streams.get(handle)
-        if self.library.fault_next:
-            device.sticky, self.library.fault_next = self.library.fault_next, 0
-        if device.sticky:
-            return self._error(f"Cuda Runtime (an illegal memory access was encountered, {device.sticky})")
-        if stream is None or device.depth() == 0:
+        fault = self.library.fault()
+        if fault:
+            return self._error(f"Cuda Runtime (an illegal memory access was encountered, {fault})")
+        if not self.library.has_stream(handle) or not self.library.in_context():
             return self._error("invalid stream")
         if self.stream not in (0, handle):
             return self._error("in use on another stream")
@@ -238,20 +254,24 @@ class FakeContext:
         if self.library.fail_next:
             message, self.library.fail_next = self.library.fail_next, ""
             return self._error(message)
-        names = [value.name for value in self.engine.model.graph.input]
         shapes = {name: self.get_tensor_shape(name) for name in self.engine.names}
         if any(name not in self.addresses for name in self.engine.names):
             return self._error("an address is not set")
         if any(size < 0 for shape in shapes.values() for size in shape):
             return self._error("an input shape is not set")
-        if stream.tape is not None:
+        if self.library.is_capturing(handle):
             self.calls.append("captured")
             if self.library.refuses_capture or not self.warm:
                 return self._error("operation not permitted when stream is capturing")
         else:
             self.calls.append("executed")
         self.warm = True
-        addresses = dict(self.addresses)
+        return self.enqueue(handle, shapes)
+
+    def enqueue(self, handle: int, shapes: dict[str, tuple[int, ...]]) -> bool:
+        """Put the engine's work on the stream; everything has been checked."""
+        device, addresses = self.library.device, dict(self.addresses)
+        names = [value.name for value in self.engine.model.graph.input]
 
         def at(name: str) -> np.ndarray:
             dtype = np.dtype(_DTYPES[self.engine.values[name].type.tensor_type.elem_type][1])
@@ -264,7 +284,7 @@ class FakeContext:
             for value, result in zip(self.engine.model.graph.output, results, strict=True):
                 at(value.name)[...] = result
 
-        stream.enqueue(work)
+        device.streams[handle].enqueue(work)
         return True
 
     def __del__(self) -> None:

@@ -65,6 +65,10 @@ CUDA_PREPROCESS_LEVELS = 0
 """Pixels of the CUDA kernels, compiled for the CPU, against `pipeline.preprocess`, in uint8 levels: the same integers
 and the same doubles as Pillow's. (What is required of the kernel is 1.)"""
 
+CUDA_FRAME_LEVELS = 1
+"""A camera's frame in an engine's input on a GPU, whose doubles round as the CPU's do but for what NVRTC reorders: what
+is required of the kernel."""
+
 YUV_ROUNDING_LEVELS = 2.5
 """RGB back from limited-range YUV, in uint8 levels: luma is rounded to half of 1/219 (0.6 levels), chroma to half of
 1/224 times at most 2.1 (1.1 levels), the result to 0.5. The other matrix is wrong by 20 levels and more."""

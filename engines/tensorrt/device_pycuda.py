@@ -61,6 +61,7 @@ class PycudaDevice:
         device = _guarded(lambda: driver.Device(ordinal), f"cuDeviceGet(GPU {ordinal})")
         self._context: Any = _guarded(device.retain_primary_context, "cuDevicePrimaryCtxRetain")
         self._kernels: list[_Kernel] = []
+        self._fault: DeviceFaultError | None = None
         major, minor = device.compute_capability()
         self._identity = DeviceIdentity(
             name=device.name(),
@@ -77,12 +78,25 @@ class PycudaDevice:
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
         """Push the context in this thread, and pop it at the end."""
+        if self._fault is not None:
+            raise DeviceFaultError(str(self._fault))
         _guarded(self._context.push, "cuCtxPushCurrent")
         try:
             yield
         finally:
-            with contextlib.suppress(DeviceFaultError):  # the call that found the context dead has raised it
+            try:
                 _guarded(driver.Context.pop, "cuCtxPopCurrent")
+            except DeviceFaultError as fault:  # the call that found the context dead has raised it
+                self._fault = fault
+                self._forget()
+
+    def _forget(self) -> None:
+        """Take the dead context off pycuda's stack of this thread: where a thread ends with one on it, pycuda aborts the
+        process, and its exit code is lost."""
+        with contextlib.suppress(driver.Error):  # another thread has detached it
+            self._context.detach()
+        with contextlib.suppress(driver.Error):
+            driver.Event()  # needs a context, looks for one, and drops those that are detached
 
     def allocate(self, n_bytes: int) -> _DeviceMemory:
         """Device memory."""
@@ -126,7 +140,7 @@ class PycudaDevice:
     def close(self) -> None:
         """Unload the kernels and release the primary context."""
         context, self._context = self._context, None
-        if context is None:
+        if context is None or self._fault is not None:
             return
         with contextlib.suppress(DeviceFaultError):  # a dead context goes with its process
             # Detached while current, since pycuda silently keeps a context that another thread than its maker

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,11 +97,13 @@ class Lane:
             DeviceFaultError: the device failed; the context is dead.
         """
         self._set_shapes(tuple(array.shape for array in arrays))
-        for spec, array in zip(self._interface.inputs, arrays, strict=True):
-            staged = self._staged(spec, array.shape)
-            np.copyto(staged, array)
-            self._device.copy_to_device(self._memory[spec.name].address, staged, self._stream)
-        return self._finish()
+        with self._settled():
+            for spec, array in zip(self._interface.inputs, arrays, strict=True):
+                staged = self._staged(spec, array.shape)
+                np.copyto(staged, array)
+                self._device.copy_to_device(self._memory[spec.name].address, staged, self._stream)
+            results = self._finish()
+        return results
 
     def run_filled(self, fills: Sequence[FillInput]) -> list[NDArray[Any]]:
         """Run on a batch of as many images as `fills`, each written into its place of the engine's only input.
@@ -112,8 +114,10 @@ class Lane:
         """
         spec = self._only_input()
         self._set_shapes(((len(fills), *(int(size) for size in spec.shape[1:])),))
-        self._fill(spec, fills)
-        return self._finish()
+        with self._settled():
+            self._fill(spec, fills)
+            results = self._finish()
+        return results
 
     def read_filled(self, fill: FillInput) -> NDArray[Any]:
         """What `fill` writes for one image, (1, …) in the input's dtype; the engine does not run.
@@ -123,10 +127,11 @@ class Lane:
             DeviceFaultError: the device failed; the context is dead.
         """
         spec = self._only_input()
-        self._fill(spec, [fill])
-        staged = self._staged(spec, (1, *(int(size) for size in spec.shape[1:])))
-        self._device.copy_to_host(staged, self._memory[spec.name].address, self._stream)
-        self._stream.synchronize()
+        with self._settled():
+            self._fill(spec, [fill])
+            staged = self._staged(spec, (1, *(int(size) for size in spec.shape[1:])))
+            self._device.copy_to_host(staged, self._memory[spec.name].address, self._stream)
+            self._stream.synchronize()
         found: NDArray[Any] = staged.copy()
         return found
 
@@ -149,11 +154,16 @@ class Lane:
         return self._interface.inputs[0]
 
     def _fill(self, spec: TensorSpec, fills: Sequence[FillInput]) -> None:
-        """Enqueue them; on a failure what was enqueued is waited for, since it reads buffers of the caller's."""
         address, image_bytes = self._memory[spec.name].address, _image_bytes(spec)
+        for index, fill in enumerate(fills):
+            fill(address + index * image_bytes, self._stream)
+
+    @contextlib.contextmanager
+    def _settled(self) -> Iterator[None]:
+        """Wait, where the block fails, for what it enqueued: that uses buffers of the caller's, which the caller may
+        hand to another lane next."""
         try:
-            for index, fill in enumerate(fills):
-                fill(address + index * image_bytes, self._stream)
+            yield
         except BaseException:
             with contextlib.suppress(EdgefoldError):  # the first failure is the better explanation
                 self._stream.synchronize()

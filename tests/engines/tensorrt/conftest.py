@@ -13,7 +13,6 @@ import onnx.parser
 import pytest
 from numpy.typing import NDArray
 
-from engines.tensorrt import builder
 from engines.tensorrt.api import TensorRtApi, load_api
 from engines.tensorrt.device import DeviceIdentity
 from pipeline.artifacts import ModelArtifact, PreprocessSpec, TensorSpec
@@ -76,5 +75,5 @@ def fake_tensorrt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Ten
 def orin(monkeypatch: pytest.MonkeyPatch) -> DeviceIdentity:
     """As if this machine had one."""
     identity = DeviceIdentity("Orin (nvgpu)", 87, "540.4.0", "12.6")
-    monkeypatch.setattr(builder, "device_identity", lambda: identity)
+    monkeypatch.setattr("engines.tensorrt.builder.device_identity", lambda: identity)
     return identity

@@ -11,11 +11,14 @@
  *  - host memory of an asynchronous copy must be page-locked (1; a real driver would copy synchronously);
  *  - while a stream captures, its work goes to the graph and synchronizing it is 900.
  *
- * fake_fail(name, code) makes the next call of `name` return `code`. One kernel exists:
- * add_bytes(uint8 *out, const uint8 *in, int n, int add). fake_live() counts what has not been freed.
+ * fake_fail(name, code) makes the next call of `name` return `code`. fake_live() counts what has not been freed.
+ * Two kernels exist: add_bytes(uint8 *out, const uint8 *in, int n, int add), and stand_in_engine of tests/cuda_engine.py.
+ * Those of preprocess.cu are found and do nothing.
+ * One call at a time: threads take turns, as the driver's own lock makes them.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
+#include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -23,8 +26,8 @@
 
 #define API __attribute__((visibility("default")))
 typedef int R;
-enum { COPY, KERNEL, RECORD };
-typedef struct { int kind; char *to; const char *from; size_t n; int add; int to_device, from_device; void *event; } Op;
+enum { COPY, KERNEL, ENGINE, RECORD };
+typedef struct { int kind; char *to; const char *from; size_t n; int add; int to_device, from_device; void *event; float *logits; } Op;
 typedef struct { int magic; Op *ops; int n; int capturing; Op *taped; int n_taped; } Stream;
 typedef struct { int magic; Op *ops; int n; } Graph;
 typedef struct { int magic; int reached; double at_ms; } Event;
@@ -36,7 +39,8 @@ static __thread int depth;
 static Range *ranges;
 static char fail_name[64];
 static int fail_code;
-static int context_object = 1, module_object = 2, function_object = 3;
+static int context_object = 1, module_object = 2, function_object = 3, engine_object = 4, idle_object = 5;
+static pthread_mutex_t turns = PTHREAD_MUTEX_INITIALIZER;
 
 API void fake_fail(const char *name, int code) { snprintf(fail_name, sizeof fail_name, "%s", name); fail_code = code; }
 API int fake_live(void) { return live; }
@@ -49,7 +53,12 @@ static R enter(const char *name, int needs_context) {
     if (!initialized && strcmp(name, "cuInit")) return 3;
     return needs_context && depth == 0 ? 201 : 0;
 }
-#define ENTER(name, context) do { R r_ = enter(name, context); if (r_) return r_; } while (0)
+static int take_turn(void) { pthread_mutex_lock(&turns); return 1; }
+static void end_turn(int *held) { (void)held; pthread_mutex_unlock(&turns); }
+/* At the beginning of a function; its turn ends where it returns. */
+#define ENTER(name, context) \
+    int held_ __attribute__((cleanup(end_turn), unused)) = take_turn(); \
+    do { R r_ = enter(name, context); if (r_) return r_; } while (0)
 
 static int inside(const char *at, size_t n, int device) {
     for (Range *r = ranges; r; r = r->next)
@@ -60,11 +69,27 @@ static void push(Op **ops, int *n, Op op) { *ops = realloc(*ops, (*n + 1) * size
 static void enqueue(Stream *s, Op op) {
     if (s->capturing) push(&s->taped, &s->n_taped, op); else push(&s->ops, &s->n, op);
 }
+/* stand_in_engine: `n` bytes of images of `add` bytes each. */
+static int engine(Op *op) {
+    int n_images = (int)(op->n / (size_t)op->add);
+    if (!inside(op->from, op->n, 1) || !inside((char *)op->logits, n_images * 5 * sizeof(float), 1)) return 700;
+    if (op->to && !inside(op->to, op->n, 1)) return 700;
+    for (int image = 0; image < n_images; image++) {
+        const unsigned char *pixels = (const unsigned char *)op->from + (size_t)image * op->add;
+        int sums[5] = {0};
+        for (int i = 0; i < op->add; i++)
+            for (int k = 0; k < 5; k++) sums[k] += pixels[i] * ((7 * i + 13 * k) % 31);
+        for (int k = 0; k < 5; k++) op->logits[5 * image + k] = (float)sums[k];
+    }
+    if (op->to) memcpy(op->to, op->from, op->n);
+    return 0;
+}
 static R run(Stream *s) {
     for (int i = 0; i < s->n && !sticky; i++) {
         Op *op = &s->ops[i];
         clock_ms += 1;
         if (op->kind == RECORD) { ((Event *)op->event)->reached = 1; ((Event *)op->event)->at_ms = clock_ms; continue; }
+        if (op->kind == ENGINE) { if ((sticky = engine(op))) break; continue; }
         if (!inside(op->to, op->n, op->to_device) || !inside(op->from, op->n, op->from_device)) { sticky = 700; break; }
         for (size_t k = 0; k < op->n; k++) op->to[k] = (char)(op->from[k] + op->add);
     }
@@ -83,6 +108,7 @@ API R cuDevicePrimaryCtxRetain(void **c, int d) { ENTER("cuDevicePrimaryCtxRetai
 API R cuDevicePrimaryCtxRelease(int d) { ENTER("cuDevicePrimaryCtxRelease", 0); if (retained == 0) return 201; retained--; return d; }
 API R cuCtxPushCurrent(void *c) { ENTER("cuCtxPushCurrent", 0); if (c != &context_object) return 201; depth++; return 0; }
 API R cuCtxPopCurrent(void **c) { if (sticky) return sticky; if (depth == 0) return 201; depth--; if (c) *c = &context_object; return 0; }
+API R cuCtxGetCurrent(void **c) { ENTER("cuCtxGetCurrent", 0); *c = depth ? &context_object : 0; return 0; }
 API R cuCtxGetDevice(int *d) { ENTER("cuCtxGetDevice", 1); *d = 0; return 0; }
 
 static R make(char **out, size_t n, int device, const char *name) {
@@ -121,6 +147,7 @@ API R cuStreamSynchronize(Stream *s) {
     if (s->capturing) { s->capturing = 2; return 900; }
     return run(s);
 }
+API R cuStreamIsCapturing(Stream *s, int *status) { ENTER("cuStreamIsCapturing", 1); if (s->magic != 1) return 400; *status = s->capturing; return 0; }
 API R cuStreamBeginCapture(Stream *s, int mode) {
     ENTER("cuStreamBeginCapture", 1);
     if (s->magic != 1) return 400;
@@ -159,7 +186,7 @@ API R cuMemcpyHtoDAsync(uint64_t to, const void *from, size_t n, Stream *s) {
     ENTER("cuMemcpyHtoDAsync", 1);
     if (!s || s->magic != 1) return 400;
     if (!inside(from, n, 0)) return 1;
-    enqueue(s, (Op){COPY, (char *)to, from, n, 0, 1, 0, 0});
+    enqueue(s, (Op){COPY, (char *)to, from, n, 0, 1, 0, 0, 0});
     return 0;
 }
 API R cuMemcpyDtoHAsync(void *to, uint64_t from, size_t n, Stream *s) {
@@ -177,7 +204,7 @@ API R cuEventRecord(Event *e, Stream *s) {
     ENTER("cuEventRecord", 1);
     if (e->magic != 4 || !s || s->magic != 1) return 400;
     e->reached = 0; recorded_on = s;
-    enqueue(s, (Op){RECORD, 0, 0, 0, 0, 0, 0, e});
+    enqueue(s, (Op){RECORD, 0, 0, 0, 0, 0, 0, e, 0});
     return 0;
 }
 API R cuEventSynchronize(Event *e) { ENTER("cuEventSynchronize", 1); if (e->magic != 4) return 400; return e->reached ? 0 : run(recorded_on); }
@@ -200,17 +227,26 @@ API R cuModuleUnload(void *m) { ENTER("cuModuleUnload", 1); if (m != &module_obj
 API R cuModuleGetFunction(void **f, void *m, const char *name) {
     ENTER("cuModuleGetFunction", 1);
     if (m != &module_object) return 400;
-    if (strcmp(name, "add_bytes")) return 500;
-    *f = &function_object;
+    if (!strncmp(name, "resample_", 9)) { *f = &idle_object; return 0; }
+    if (strcmp(name, "add_bytes") && strcmp(name, "stand_in_engine")) return 500;
+    *f = strcmp(name, "add_bytes") ? &engine_object : &function_object;
     return 0;
 }
-API R cuFuncSetBlockShape(void *f, int x, int y, int z) { (void)x; (void)y; (void)z; return f == &function_object ? 0 : 400; }
+API R cuFuncSetBlockShape(void *f, int x, int y, int z) { (void)x; (void)y; (void)z; return f == &function_object || f == &idle_object ? 0 : 400; }
 API R cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz,
                      unsigned shared, Stream *s, void **parameters, void **extra) {
     ENTER("cuLaunchKernel", 1);
-    if (f != &function_object || !s || s->magic != 1) return 400;
+    if (f == &idle_object) return s && s->magic == 1 ? 0 : 400;
+    if ((f != &function_object && f != &engine_object) || !s || s->magic != 1) return 400;
     if (!gx || !gy || !gz || !bx || !by || !bz || bx * by * bz > 1024) return 1;
     if (shared > 48 * 1024) return 701;
+    if (f == &engine_object) {
+        if (!parameters) return 1;
+        int32_t image_bytes = *(int32_t *)parameters[3];
+        enqueue(s, (Op){ENGINE, *(char **)parameters[1], *(char **)parameters[2], (size_t)gx * image_bytes, image_bytes,
+                        1, 1, 0, *(float **)parameters[0]});
+        return 0;
+    }
     uint64_t to, from; int32_t n, add;
     if (parameters) {
         to = *(uint64_t *)parameters[0]; from = *(uint64_t *)parameters[1];
@@ -220,7 +256,7 @@ API R cuLaunchKernel(void *f, unsigned gx, unsigned gy, unsigned gz, unsigned bx
         const char *packed = extra[1];
         memcpy(&to, packed, 8); memcpy(&from, packed + 8, 8); memcpy(&n, packed + 16, 4); memcpy(&add, packed + 20, 4);
     }
-    enqueue(s, (Op){KERNEL, (char *)to, (char *)from, n, add, 1, 1, 0});
+    enqueue(s, (Op){KERNEL, (char *)to, (char *)from, n, add, 1, 1, 0, 0});
     return 0;
 }
 

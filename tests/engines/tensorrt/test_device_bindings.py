@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import host_driver
 import pytest
 
 from engines.tensorrt.device import cuda_version_text, device_identity, driver_version, open_device
@@ -22,43 +21,17 @@ ROOT = HERE.parents[2]
 @pytest.fixture(scope="session")
 def fake_driver(tmp_path_factory) -> Path:
     """A folder with a ``libcuda.so.1`` of ours."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None:
-        pytest.skip("no C compiler to build the driver without a GPU")
-    library = tmp_path_factory.mktemp("driver") / "libcuda.so.1"
-    subprocess.run(
-        [
-            compiler, "-O1", "-fPIC", "-shared", "-Wl,-soname,libcuda.so.1", "-o", library,
-            HERE / "fake_libcuda.c", "-ldl",
-        ],
-        check=True,
-    )  # fmt: skip
-    return library.parent
-
-
-def _environment(fake_driver: Path, binding: str) -> dict[str, str]:
-    # The stand-in also where pycuda is installed: pycuda wants the whole driver library to be there.
-    path = [str(ROOT), str(ROOT / "tests"), str(HERE / "pycuda_stand_in")]
-    return {
-        **os.environ,
-        "LD_LIBRARY_PATH": str(fake_driver),
-        "PYTHONPATH": os.pathsep.join(path),
-        "EDGEFOLD_TEST_BINDING": binding,
-    }
-
-
-def _needs(binding: str) -> None:
-    if binding == "cuda-python":
-        pytest.importorskip("cuda.bindings.driver")
+    return host_driver.build(tmp_path_factory.mktemp("driver"))
 
 
 @pytest.mark.parametrize("binding", ["cuda-python", "pycuda"])
-def test_a_binding_does_what_every_device_does(fake_driver, binding):
+@pytest.mark.parametrize("file", ["test_device_contract.py", "test_lanes_on_a_gpu.py"])
+def test_a_binding_does_what_every_device_does(fake_driver, binding, file):
     """cuda-python is the real one; pycuda is a stand-in, which keeps to pycuda's source."""
-    _needs(binding)
+    host_driver.needs(binding)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(HERE / "test_device_contract.py")],
-        env=_environment(fake_driver, binding),
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "not gpu", str(HERE / file)],
+        env=host_driver.environment(fake_driver, binding),
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -92,18 +65,18 @@ print(driver.fake_live(), driver.fake_retained(), driver.fake_depth())
 
 @pytest.mark.parametrize("binding", ["cuda-python", "pycuda"])
 def test_nothing_is_left_behind(fake_driver, binding):
-    _needs(binding)
+    host_driver.needs(binding)
     done = subprocess.run(
         [sys.executable, "-c", LEAKS.format(binding=binding)],
-        env=_environment(fake_driver, binding), cwd=ROOT, capture_output=True, text=True, check=False,
+        env=host_driver.environment(fake_driver, binding), cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.stdout.split() == ["0", "0", "0"], done.stdout + done.stderr
 
 
 def test_pycuda_comes_first_and_cuda_python_where_it_is_absent(fake_driver):
-    _needs("cuda-python")
+    host_driver.needs("cuda-python")
     code = "from engines.tensorrt.device import open_device; print(type(open_device()).__name__)"
-    environment = _environment(fake_driver, "")
+    environment = host_driver.environment(fake_driver, "")
     for path, wanted in ((environment["PYTHONPATH"], "PycudaDevice"), (str(ROOT), "CudaPythonDevice")):
         if wanted == "CudaPythonDevice" and importlib.util.find_spec("pycuda") is not None:
             continue
@@ -124,7 +97,7 @@ def _has_driver() -> bool:
 
 @pytest.mark.skipif(_has_driver(), reason="a CUDA driver is installed here")
 def test_without_a_driver_the_remedy_is_named():
-    _needs("cuda-python")
+    host_driver.needs("cuda-python")
     for call in (open_device, device_identity, lambda: open_device(binding="cuda-python")):
         with pytest.raises(UnsupportedError, match="install the NVIDIA driver") as caught:
             call()

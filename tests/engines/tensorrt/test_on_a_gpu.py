@@ -117,7 +117,7 @@ class TestPreprocessing:
 
 def test_streams_side_by_side_with_pinned_copies_and_replay(device):
     """A stand-in for an engine on several streams, each with its graph, from threads of their own."""
-    n, wrong = 1 << 20, []
+    n, wrong, finished = 1 << 20, [], []
     with device.current():
         kernel = device.load_kernel(compile_kernels(SCALE, "scale.cu", device.identity.sm).cubin, "scale")
 
@@ -144,6 +144,7 @@ def test_streams_side_by_side_with_pinned_copies_and_replay(device):
             stream.close()
             pinned.free()
             memory.free()
+        finished.append(factor)
 
     threads = [threading.Thread(target=work, args=(factor,)) for factor in (2, 3, 5, 7)]
     for thread in threads:
@@ -151,6 +152,7 @@ def test_streams_side_by_side_with_pinned_copies_and_replay(device):
     for thread in threads:
         thread.join(timeout=60)
     assert wrong == []
+    assert sorted(finished) == [2, 3, 5, 7]
 
 
 @pytest.mark.parametrize("flavour", ["tensorrt", "tensorrt_rtx"])

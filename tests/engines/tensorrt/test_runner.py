@@ -246,6 +246,34 @@ class TestRefusals:
             assert isinstance(runner.submit(sample).exception(timeout=30), EngineError)
             bench.check(runner, 3)
 
+    @pytest.mark.parametrize(
+        "call", ["cuMemcpyHtoDAsync", "cuStreamBeginCapture", "cuGraphLaunch", "cuMemcpyDtoHAsync"]
+    )
+    def test_a_failure_halfway_leaves_nothing_under_way(self, make_bench, call):
+        """What was enqueued before it reads and writes buffers that the next run, on another stream, may be given."""
+        bench = make_bench("int8")
+
+        def fill(address, stream):
+            bench.device.copy_to_device(address, pinned.array, stream)
+            ran.append(stream)
+
+        with bench.runner() as runner:
+            bench.check(runner)
+            with bench.device.current():
+                pinned, ran = bench.device.allocate_pinned(12 * 12 * 3), []
+            pinned.array[:] = 7
+            fills = [fill, fill] if call == "cuMemcpyHtoDAsync" else [fill]
+            if len(fills) == 2:
+                fills.insert(1, lambda address, stream: bench.device.fail(call, 2))
+            else:
+                bench.device.fail(call, 2)
+            with pytest.raises(EngineError, match="OUT_OF_MEMORY"):
+                runner.submit_filled(fills).result(timeout=30)
+            assert ran[0].queue == []
+            bench.check(runner)
+            with bench.device.current():
+                pinned.free()
+
 
 class TestFaults:
     @pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync", "cuStreamSynchronize", "cuMemcpyDtoHAsync"])

@@ -7,13 +7,35 @@ texts and leaves the same context behind on ``detach`` (read from ``src/cpp/cuda
 """
 
 import ctypes
+import os
 import struct
+import sys
 import threading
 
 import numpy as np
 
 _cuda = ctypes.CDLL("libcuda.so.1")
-_stack = threading.local()
+
+
+class _Stack(threading.local):
+    """Of one thread. Where one ends with a context on it, pycuda ends the process."""
+
+    def __init__(self):
+        self.contexts = _Contexts()
+
+
+class _Contexts(list):
+    def __del__(self):
+        if self:
+            print(
+                "PyCUDA ERROR: The context stack was not empty upon module cleanup.",
+                file=sys.stderr,
+                flush=True,
+            )
+            os.abort()
+
+
+_stack = _Stack()
 
 
 class Error(Exception):
@@ -48,8 +70,6 @@ def _call(name, *arguments):
 
 
 def _contexts():
-    if not hasattr(_stack, "contexts"):
-        _stack.contexts = []
     return _stack.contexts
 
 
@@ -110,15 +130,18 @@ class Context:
             raise LogicError(
                 "context::detach failed: invalid device context - cannot detach from invalid context"
             )
+        # A failure of these is printed, no more.
         if not (_contexts() and _contexts()[-1] is self):
-            _call("cuCtxPushCurrent_v2", self._handle)
-        _call("cuDevicePrimaryCtxRelease_v2", self._device)
+            _cuda.cuCtxPushCurrent_v2(self._handle)
+        _cuda.cuDevicePrimaryCtxRelease_v2(self._device)
         self._valid = False
         while _contexts() and not _contexts()[-1]._valid:
             _contexts().pop()
 
 
 def _need_context():
+    while _contexts() and not _contexts()[-1]._valid:
+        _contexts().pop()
     if not _contexts():
         raise LogicError(
             "explicit_context_dependent failed: invalid device context - no currently active context?"
