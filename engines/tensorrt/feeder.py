@@ -1,4 +1,4 @@
-"""Camera frames into a plan's input on the device: copied as they are, turned into pixels by the kernel.
+"""Camera frames into a plan's input on the device: their crop is copied, and turned into pixels by the kernel.
 
 ::
 
@@ -109,7 +109,7 @@ class DeviceFeeder:
             return batch
 
     def _stage(self, slot: _Slot, place: _Place, frame: Frame) -> None:
-        """Copy `frame` into the buffers of `slot`, for the kernel of its size and format."""
+        """Copy what is needed of `frame` into the buffers of `slot`, for the kernel of its size and format."""
         image, pixel_format = frame.image, frame.pixel_format
         if frame.yuv is not None and pixel_format == "I420":
             # The kernel takes a decoder's NV12 on the device, and no planes from the host.
@@ -125,7 +125,7 @@ class DeviceFeeder:
                 raise EngineError("this engine is closed; load it again")
             slot.fill, slot.preprocessor = None, self._preprocessor(shape, pixel_format)
             slot.preprocessor.check(image)
-            self._make_room(slot, place, slot.preprocessor.frame_bytes)
+            self._make_room(slot, place, slot.preprocessor.staged_bytes)
         assert slot.pinned is not None
         assert place.memory is not None
         slot.fill = slot.preprocessor.staged(image, slot.pinned, place.memory)

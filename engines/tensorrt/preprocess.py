@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 from importlib import resources
 from types import TracebackType
@@ -148,6 +147,9 @@ class CudaPreprocessor:
             DataError: a pitch shorter than a row, or NV12 without its chroma plane.
         """
         self._check(frame)
+        self._launch(frame, output_address, stream)
+
+    def _launch(self, frame: DeviceFrame, output_address: int, stream: Stream) -> None:
         assert self._memory is not None
         arguments = [
             np.uint64(self._memory.address),
@@ -163,7 +165,7 @@ class CudaPreprocessor:
     def from_host(self, image: NDArray[np.uint8]) -> FillInput:
         """What fills an engine's input from a frame in host memory, for `TensorRtRunner.infer_filled`.
 
-        The frame is copied into pinned memory now; the result must have been used, and its run be over, before
+        What is needed of the frame is copied into pinned memory now; the result must have been used, and its run be over, before
         the next call.
 
         Args:
@@ -173,34 +175,53 @@ class CudaPreprocessor:
             DataError: another shape or dtype.
         """
         self.check(image)
-        pinned, memory = self._frame_buffers(self.frame_bytes)
+        pinned, memory = self._frame_buffers(self.staged_bytes)
         return self.staged(image, pinned, memory)
 
     def staged(self, image: NDArray[np.uint8], pinned: PinnedMemory, memory: DeviceMemory) -> FillInput:
-        """As `from_host`, through buffers of the caller's, each of `frame_bytes` or more.
+        """As `from_host`, through buffers of the caller's, each of `staged_bytes` or more.
+
+        Only what the kernel reads is copied: of a full HD frame and a square crop less than half.
 
         Args:
             image: copied into `pinned` now; checked by `check`.
             pinned: kept until the run of the result is over.
             memory: where the frame lies for the kernel. Fills that run on one stream may share it.
         """
-        expected, n_bytes = self._image_shape(), self.frame_bytes
-        source = pinned.array[:n_bytes]
-        np.copyto(source.reshape(expected), image)
-        height, width = self._frame_hw
-        pitch = width * bytes_per_pixel(self._format)
-        frame = DeviceFrame(memory.address, pitch, memory.address + height * pitch, pitch)
+        window, source = self._plan.window, pinned.array[: self.staged_bytes]
+        pitch = window.width * bytes_per_pixel(self._format)
+        columns = slice(window.left, window.left + window.width)
+        parts = [(window.top, window.height)]
+        if (
+            self._format == "NV12"
+        ):  # a row of chroma below for every two of luma, its pairs as wide as two pixels
+            parts.append((self._frame_hw[0] + window.top // 2, window.height // 2))
+        begin = 0
+        for top, n_rows in parts:
+            view = image[top : top + n_rows, columns]
+            np.copyto(source[begin : begin + n_rows * pitch].reshape(view.shape), view)
+            begin += n_rows * pitch
+        # Where the frame would begin of which the window has been copied; nothing is read there.
+        skipped = window.left * bytes_per_pixel(self._format)
+        frame = DeviceFrame(
+            memory.address - window.top * pitch - skipped,
+            pitch,
+            memory.address + window.height * pitch - window.top // 2 * pitch - skipped,
+            pitch,
+        )
 
         def fill(address: int, stream: Stream) -> None:
             self._device.copy_to_device(memory.address, source, stream)
-            self.enqueue(frame, address, stream)
+            self._launch(frame, address, stream)
 
         return fill
 
     @property
-    def frame_bytes(self) -> int:
-        """Of a frame whose rows follow one another."""
-        return math.prod(self._image_shape())
+    def staged_bytes(self) -> int:
+        """Of what the kernel reads of a frame, row after row."""
+        window = self._plan.window
+        n_rows = window.height * 3 // 2 if self._format == "NV12" else window.height
+        return n_rows * window.width * bytes_per_pixel(self._format)
 
     def check(self, image: NDArray[np.uint8]) -> None:
         """Refuse what is not a frame of the preprocessor's size and format.

@@ -23,7 +23,7 @@ from pipeline.preprocess import affine, crop_start, resized_hw
 from pipeline.resampling import Taps, cropped, filtered, identity, nearest, rows_first
 from pipeline.yuv import color_factors
 
-__all__ = ["CameraFormat", "KernelPlan", "bytes_per_pixel", "make_plan"]
+__all__ = ["CameraFormat", "KernelPlan", "Window", "bytes_per_pixel", "make_plan"]
 
 CameraFormat = PixelFormat | Literal["NV12"]
 """``NV12``: a plane of luma, then one of half the size with U and V in turns; what Jetson's cameras deliver."""
@@ -40,8 +40,18 @@ _THREADS = 256
 _SHARED_LIMIT_BYTES = 48 << 10
 """What every GPU gives a block without being asked for more."""
 _TILES_HW = ((8, 32), (4, 32), (4, 16), (2, 16), (2, 8), (1, 8), (1, 4), (1, 1))
-"""Output pixels of a block, best first (not timed on a GPU yet). Smaller ones are for frames shrunk so far that the
+"""Output pixels of a block, best first. Smaller ones are for frames shrunk so far that the
 source rows of a large tile do not fit into shared memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A part of a frame, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +65,8 @@ class KernelPlan:
     block: tuple[int, int, int]
     shared_bytes: int
     output_bytes: int
+    window: Window
+    """Outside of it nothing of the frame is read. Of NV12 its numbers are even, for the chroma's sake."""
 
 
 def make_plan(
@@ -103,6 +115,7 @@ def make_plan(
         block=(_THREADS, 1, 1),
         shared_bytes=shared_bytes,
         output_bytes=target_h * target_w * 3 * (1 if folded else 4),
+        window=_window(across, down, frame_hw, 2 if pixel_format == "NV12" else 1),
     )
 
 
@@ -177,6 +190,19 @@ def _vertical_first(spec: PreprocessSpec, height: int, width: int) -> bool:
     if spec.resize == "none" or spec.interpolation == "nearest":
         return False
     return rows_first((height, width), resized_hw(height, width, spec))
+
+
+def _window(across: Taps, down: Taps, frame_hw: tuple[int, int], multiple: int) -> Window:
+    """What the taps reach, clamped as the kernel clamps them, on whole `multiple`s of pixels."""
+    spans = []
+    for (first, count, _), size in zip((down, across), frame_hw, strict=True):
+        inside = count > 0
+        begin = int(np.clip(first[inside].min(initial=size), 0, size - 1))
+        end = int(np.clip((first + count)[inside].max(initial=0), begin + 1, size))
+        begin -= begin % multiple
+        spans.append((begin, end + -end % multiple - begin))
+    (top, height), (left, width) = spans
+    return Window(top, left, height, width)
 
 
 def _tiles(

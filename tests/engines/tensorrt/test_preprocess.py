@@ -100,6 +100,46 @@ def test_a_graph_without_folded_preprocessing_gets_normalized_floats(device):
         CudaPreprocessor(SPEC, (60, 80), "BGR", device=device, color="BGR", folded=False)
 
 
+@pytest.mark.parametrize("frame_hw", [(60, 80), (38, 130), (130, 38), (24, 32), (18, 400), (16, 20)])
+@pytest.mark.parametrize("pixel_format", ["BGR", "BGRA", "GRAY", "NV12"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"interpolation": "bilinear"},
+        {"interpolation": "lanczos", "crop_fraction": 0.5},
+        {"interpolation": "nearest"},
+        {"antialias": False},
+        {"antialias": False, "interpolation": "bilinear", "crop_fraction": 0.6},
+        {"resize": "stretch"},
+        {"resize": "stretch", "crop_fraction": 0.7},
+    ],
+    ids=str,
+)
+def test_the_part_of_a_frame_that_is_copied_is_all_that_the_kernel_reads(
+    device, frame_hw, pixel_format, changes
+):
+    cv2 = pytest.importorskip("cv2")
+    spec = dataclasses.replace(SPEC, **changes)
+    shape = {"BGR": (*frame_hw, 3), "BGRA": (*frame_hw, 4), "GRAY": frame_hw}
+    image = noise(*shape.get(pixel_format, (frame_hw[0] * 3 // 2, frame_hw[1])))
+    as_bgr = cv2.cvtColor(image, cv2.COLOR_YUV2BGR_NV12) if pixel_format == "NV12" else image
+    reference = to_network_pixels(as_bgr, "BGR" if pixel_format == "NV12" else pixel_format, spec, "RGB")
+    with (
+        runner_of(device, spec) as runner,
+        CudaPreprocessor(spec, frame_hw, pixel_format, device=device, color="RGB") as preprocessor,
+    ):
+        found = runner.infer_filled(preprocessor.from_host(image))["y"][0]
+    assert np.array_equal(found, reference)
+
+
+def test_of_a_wide_frame_only_the_crop_is_copied(device):
+    spec = PreprocessSpec((299, 299), "shorter", "bicubic", crop_fraction=0.875)
+    for pixel_format, bytes_per_pixel in (("BGR", 3.0), ("NV12", 1.5)):
+        with CudaPreprocessor(spec, (1080, 1920), pixel_format, device=device, color="RGB") as preprocessor:
+            side = 0.875 * 1080  # and what the outermost filters reach beyond
+            assert 1.0 <= preprocessor.staged_bytes / (side * side * bytes_per_pixel) < 1.04
+
+
 def test_nv12_from_the_host_and_from_the_device(device):
     cv2 = pytest.importorskip("cv2")
     image = noise(90, 80)  # 60 rows of luma, 30 of chroma
