@@ -30,7 +30,7 @@ from pipeline.errors import CalibrationError
 from pipeline.onnx_files import load_model, save_model
 from pipeline.preprocess import preprocess_sha256
 
-__all__ = ["SAMPLES_PER_IMAGE", "Observation", "collect", "fix_batch", "observation_graph"]
+__all__ = ["SAMPLES_PER_IMAGE", "Observation", "collect", "fix_batch", "is_non_negative", "observation_graph"]
 
 SAMPLES_PER_IMAGE = 4096
 _OBSERVATIONS = "edgefold_observations"
@@ -145,7 +145,7 @@ class _Builder:
                 f"the model has no tensor {name!r} to observe; calibrate the model it came from"
             )
         shape = _static_shape(value)
-        low = None if _is_non_negative(value) else self._extremum("ReduceMin", value, len(shape))
+        low = None if is_non_negative(value) else self._extremum("ReduceMin", value, len(shape))
         high = self._extremum("ReduceMax", value, len(shape))
         return Observation(name, low, high, self._samples(value, shape))
 
@@ -233,7 +233,8 @@ def _static_shape(value: ir.Value) -> tuple[int, ...]:
     return tuple(int(size) for size in shape if isinstance(size, int))
 
 
-def _is_non_negative(value: ir.Value) -> bool:
+def is_non_negative(value: ir.Value) -> bool:
+    """Whether no value of a tensor can be below 0, by what computes it."""
     node = value.producer()
     if node is None:
         return False
@@ -245,7 +246,7 @@ def _is_non_negative(value: ir.Value) -> bool:
     if node.op_type not in _KEEPS_SIGN:
         return False
     inputs = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-    return all(source is not None and _is_non_negative(source) for source in inputs)
+    return all(source is not None and is_non_negative(source) for source in inputs)
 
 
 def _rebatched(batches: Iterator[NDArray[np.uint8]], fixed: int | str) -> Iterator[NDArray[np.uint8]]:

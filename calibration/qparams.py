@@ -154,15 +154,21 @@ def quantize(values: NDArray[Any], params: QuantParams) -> NDArray[Any]:
     values can be the one that overflows.
     """
     low, high = _LIMITS[params.dtype]
-    steps = np.rint(values / _along(params.scale, params, values.ndim)) + _along(
-        params.zero_point.astype(np.float32), params, values.ndim
-    )
-    quantized: NDArray[Any] = np.clip(steps, low, high).astype(params.dtype)
+    # In place from here on: a weight is megabytes, and every further copy of it takes as long as the arithmetic.
+    steps = np.asarray(values / _along(params.scale, params, values.ndim))
+    np.rint(steps, out=steps)
+    steps += _along(params.zero_point.astype(np.float32), params, values.ndim)
+    quantized: NDArray[Any] = np.clip(steps, low, high, out=steps).astype(params.dtype)
     return quantized
 
 
 def dequantize(quantized: NDArray[Any], params: QuantParams) -> NDArray[np.float32]:
     """Back to real values, float32."""
+    if params.dtype != "int32":  # float32 holds these integers and their differences exactly
+        steps = np.asarray(quantized.astype(np.float32))
+        steps -= _along(params.zero_point.astype(np.float32), params, quantized.ndim)
+        steps *= _along(params.scale, params, quantized.ndim)
+        return steps
     offset = quantized.astype(np.int64) - _along(params.zero_point.astype(np.int64), params, quantized.ndim)
     real: NDArray[np.float32] = (offset * _along(params.scale, params, quantized.ndim)).astype(np.float32)
     return real

@@ -85,16 +85,14 @@ def fp32_runner(path: Path, extra_outputs: Sequence[str] = ()) -> Runner:
     """A `pipeline.contracts.RunnerFactory`: the model in fp32, also returning intermediate tensors.
 
     Args:
-        path: an fp32 ONNX file; a free batch dimension stays free.
+        path: an fp32 ONNX file that the caller has just written, its weights perhaps in others beside it; a free
+            batch dimension stays free.
         extra_outputs: names of ONNX tensors the graph computes; they follow the model's own outputs.
 
     Raises:
         EngineError: ONNX Runtime refuses the model, or it computes no tensor of such a name.
     """
-    data = read_model_bytes(path, None)
-    if not extra_outputs:
-        return _runner(data, path, EngineOptions())
-    model = _parse(data, path)
+    model = _load(path)
     n_own = len(model.graph.output)
     computed = {name for node in model.graph.node for name in node.output}
     unknown = [name for name in extra_outputs if name not in computed]
@@ -105,6 +103,16 @@ def fp32_runner(path: Path, extra_outputs: Sequence[str] = ()) -> Runner:
         if name not in declared:
             model.graph.output.add().name = name  # ONNX Runtime infers the rest
     return _runner(model.SerializeToString(), path, EngineOptions(), n_own_outputs=n_own)
+
+
+def _load(path: Path) -> Any:
+    """A model with the weights it keeps in other files."""
+    import onnx
+
+    try:
+        return onnx.load_model(path)
+    except Exception as error:
+        raise EngineError(f"ONNX Runtime cannot read model {path}: {reason(error)}") from error
 
 
 def _parse(data: bytes, path: Path) -> Any:

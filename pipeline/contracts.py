@@ -119,7 +119,8 @@ class EngineBackend(Protocol):
 
 
 RunnerFactory = Callable[[Path, Sequence[str]], Runner]
-"""``make(onnx_path, extra_outputs)``: an fp32 runner over a file, also returning those tensors."""
+"""``make(onnx_path, extra_outputs)``: an fp32 runner over a file that the caller has just written, also returning those
+tensors. Its weights may lie in other files beside it (`pipeline.onnx_files.save_for_runner`)."""
 
 
 class Dataset(Protocol):

@@ -22,10 +22,10 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from calibration.correction.probe import LayerProbe, ProbeResult
-from calibration.correction.records import CorrectionRecord, judging
+from calibration.correction.records import CorrectionRecord
+from calibration.correction.rounded import RoundedWeights
 from calibration.placement import Placement
-from calibration.qdq import activation_params, weight_params
-from calibration.qparams import dequantize, quantize
+from calibration.qdq import activation_params
 from pipeline.artifacts import TensorRange
 from pipeline.contracts import RunnerFactory
 from pipeline.metrics import sqnr_db_from_energies
@@ -37,19 +37,26 @@ def correct_biases(
     model: ir.Model,
     placement: Placement,
     ranges: Mapping[str, TensorRange],
+    rounded: RoundedWeights,
     images: NDArray[np.uint8],
+    n_judging: int,
     runner_factory: RunnerFactory,
     folder: Path,
-) -> tuple[CorrectionRecord, ...]:
+) -> tuple[tuple[CorrectionRecord, ...], NDArray[np.float32]]:
     """Correct the biases of `model` in place, for weights rounded to nearest.
 
     Args:
         model: the fp32 model that `placement` was made for, the shapes of its tensors known.
         placement: where Q/DQ will stand.
         ranges: of every tensor in ``placement.observed``.
-        images: uint8 NHWC; one in five judges, the others give the means.
+        rounded: the weights of `model`, or of what it is a copy of.
+        images: uint8 NHWC, a multiple of the model's batch size where that is fixed.
+        n_judging: how many of the last of them judge; the others give the means.
         runner_factory: makes the fp32 runner.
         folder: for temporary files.
+
+    Returns:
+        A record of every layer, and what `model` made of the images before.
     """
     grids = {point.tensor: activation_params(point, placement, ranges) for point in placement.activations}
     probe = LayerProbe(model)
@@ -60,15 +67,14 @@ def correct_biases(
         bias = None if node is None or len(node.inputs) < 3 else node.inputs[2]
         if bias is None or len(bias.uses()) > 1:
             continue
-        constant = model.graph.initializers[point.weight].const_value
-        assert constant is not None, "a weight point names a constant"
-        weight = constant.numpy()
-        params = weight_params(weight, point, placement)
-        probe.add(point.consumer.node, dequantize(quantize(weight, params), params), grids.get(point.input))
+        probe.add(point.consumer.node, rounded.of(model, point), grids.get(point.input))
         biases.append(bias)
-    judges = judging(len(images))
+    judges = np.arange(len(images)) >= len(images) - n_judging
     records = []
-    for bias, (layer, seen) in zip(biases, probe.run(images, runner_factory, folder), strict=True):
+    if not biases:
+        return (), np.empty((0, 0), np.float32)
+    found = probe.run(images, runner_factory, folder)
+    for bias, (layer, seen) in zip(biases, found.layers, strict=True):
         shift = seen.error[~judges].mean(axis=0)
         before_db, after_db = _judged(seen, judges, shift)
         kept = after_db >= before_db
@@ -76,7 +82,7 @@ def correct_biases(
         if kept and bias.const_value is not None:
             corrected = bias.const_value.numpy() + shift.astype(np.float32)
             bias.const_value = ir.tensor(corrected, name=bias.name)
-    return tuple(records)
+    return tuple(records), found.outputs
 
 
 def _judged(seen: ProbeResult, judges: NDArray[np.bool_], shift: NDArray[np.float64]) -> tuple[float, float]:

@@ -32,12 +32,13 @@ from calibration.correction.records import (
     rounded_db,
     summary,
 )
+from calibration.correction.rounded import RoundedWeights
 from calibration.placement import PLACEMENTS, Placement, tensorrt
 from calibration.tensorrt_form import choose_remainder
 from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorRange
 from pipeline.contracts import Batches, Progress, RunnerFactory
 from pipeline.metrics import sqnr_db
-from pipeline.onnx_files import load_model, save_model
+from pipeline.onnx_files import load_model, save_model, unload_weights
 from pipeline.passes.center_pixels import center_pixels
 
 __all__ = ["Corrector", "placed_graph"]
@@ -45,15 +46,16 @@ __all__ = ["Corrector", "placed_graph"]
 _SAME_MODEL_DB = 60.0
 """An equalized model differs from the original by float32 rounding, 100 dB down, unless a clip was reached."""
 _JUDGING_IMAGES = 4
-_SHOWING_IMAGES = 8
+_SHOWING_IMAGES = 4
 _DECIDING_IMAGES = 24
 """For the SQNR of the logits, which one image in eight can turn by a decibel: more of them where it decides."""
 _TRIED_LAYERS = 8
 _EQUALIZATION_SHARE = 1 / 4
-_BIAS_SHARE = 1 / 6
-"""Of the images, so that both together cost at most one pass over all of them: a bias correction by itself runs every
-layer twice, equalization once and on `_JUDGING_IMAGES` five times. More images do not make a better bias: with an
-eighth of them or a third, EfficientNet-Lite1 comes to 23 dB and `inception_resnet_lite` to 38."""
+_BIAS_SHARE = 1 / 8
+"""Of the images, so that both together cost little more than a pass over all of them (benchmarks/calibration_cost.py).
+More images do not make a better bias: with an eighth of 64 or three quarters `inception_resnet_lite` comes to 45 dB.
+They do make better extrema of channels: from 8 images instead of 12, three in four layers of Inception-v3 lose by
+equalization on others."""
 _BIAS_IMAGES = 144
 """Read where nothing but biases is corrected: `_BIAS_SHARE` of them correct, `_DECIDING_IMAGES` judge."""
 
@@ -131,6 +133,7 @@ class Corrector:
 
     def _equalized(self, model: ModelArtifact) -> ModelArtifact:
         graph, placement = placed_graph(model, self._placement, {})
+        unload_weights(graph, self._folder / "folded.weights")
         atoms = trace_channels(graph.graph)
         quantized = [point.tensor for point in placement.activations]
         names = tensors_to_equalize(graph.graph, quantized)
@@ -142,7 +145,7 @@ class Corrector:
         fit, judging = images[:-n_judging], images[-n_judging:]
         ranges = channel_ranges(graph, names, fit, self._runner_factory, self._folder)
         scales = channel_scales(atoms, ranges, [name for name in quantized if name in ranges])
-        scales, self._records = judge_scales(
+        scales, self._records, original = judge_scales(
             graph,
             atoms,
             scales,
@@ -155,15 +158,18 @@ class Corrector:
         )
         if (scales == 1.0).all():
             return model
-        original = logits_of(graph, judging, self._runner_factory, self._folder)
         equalize(atoms, scales)
-        if (
-            sqnr_db(original, logits_of(graph, judging, self._runner_factory, self._folder)) < _SAME_MODEL_DB
-        ):  # a clip was reached after all
-            self._records = tuple(dataclasses.replace(record, kept=False) for record in self._records)
-            return model
         path = self._folder / "equalized.onnx"
-        return dataclasses.replace(model, path=path, sha256=save_model(graph, path))
+        sha256 = save_model(graph, path)
+        # Without clips, scaling is exact whatever the image.
+        if (
+            atoms.clips
+            and sqnr_db(original, logits_of(graph, path, judging, self._runner_factory)) < _SAME_MODEL_DB
+        ):  # one was reached after all
+            self._records = tuple(dataclasses.replace(record, kept=False) for record in self._records)
+            path.unlink()
+            return model
+        return dataclasses.replace(model, path=path, sha256=sha256)
 
     def reconstruct(
         self, model: ModelArtifact, table: CalibrationTable
@@ -186,6 +192,7 @@ class Corrector:
         if not wanted:
             return model, table
         graph, placement = placed_graph(model, self._placement, table.ranges)
+        unload_weights(graph, self._folder / "calibrated.weights")
         if AUTO in wanted:
             made = self._automatic(graph, placement, table)
         else:
@@ -210,15 +217,17 @@ class Corrector:
     ) -> _Attempt:
         """What a person named; what it comes to at the logits is shown, and decides nothing."""
         alone = wanted == {"bias"}
+        rounded = RoundedWeights(graph, placement, self._folder)
         images = self._images(graph, 1.0, _BIAS_IMAGES if alone else images_that_fit(graph))
         made = _Attempt(wanted, graph.clone(), dict(ranges))
+        exact = None
         if alone:
-            self._correct_biases(made, placement, images)
+            exact = self._correct_biases(made, placement, rounded, images)
         else:
             self._walk(made, placement, images, wanted if "adaround" in wanted else wanted - {"bias"})
             if "adaround" not in wanted and "bias" in wanted:
-                self._correct_biases(made, placement, images)
-        judge = self._judge(graph, placement, images, _SHOWING_IMAGES)
+                self._correct_biases(made, placement, rounded, images)
+        judge = self._judge(graph, placement, rounded, images, _SHOWING_IMAGES, exact)
         before = _Attempt(frozenset(), graph, dict(ranges))
         self._show(self._judged(before, judge), self._judged(made, judge))
         return made
@@ -233,18 +242,19 @@ class Corrector:
         self._left_out = choice.left_out
         rounds = "adaround" in choice.corrections
         images = self._images(graph, 1.0, images_that_fit(graph) if rounds else _BIAS_IMAGES)
-        judge = self._judge(graph, placement, images, _DECIDING_IMAGES)
+        rounded = RoundedWeights(graph, placement, self._folder)
+        judge = self._judge(graph, placement, rounded, images, _DECIDING_IMAGES)
         plain = self._judged(_Attempt(frozenset(), graph, dict(table.ranges)), judge)
         best = _Attempt(frozenset({"bias"}), graph.clone(), dict(table.ranges))
-        self._correct_biases(best, placement, images)
+        self._correct_biases(best, placement, rounded, images)
         self._judged(best, judge)
         undone: tuple[tuple[str, str], ...] = ()
         if plain.beats(best, Judgement.is_clearly_better_than):
             undone, best = (("bias", f"{_from_to(plain, best)} and was undone"),), plain
         if rounds:
-            rounded = _Attempt(choice.corrections, graph.clone(), dict(table.ranges))
-            if self._rounds_better(rounded, best, placement, images, judge):
-                undone, best = (), rounded
+            walked = _Attempt(choice.corrections, graph.clone(), dict(table.ranges))
+            if self._rounds_better(walked, best, placement, images, judge):
+                undone, best = (), walked
         self._left_out += undone
         self._show(plain, best)
         return best
@@ -307,22 +317,44 @@ class Corrector:
         attempt.skipped = found.skipped
         return found.is_whole
 
-    def _correct_biases(self, attempt: _Attempt, placement: Placement, images: NDArray[np.uint8]) -> None:
+    def _correct_biases(
+        self, attempt: _Attempt, placement: Placement, rounded: RoundedWeights, images: NDArray[np.uint8]
+    ) -> NDArray[np.float32] | None:
+        """What the graph made of the first `_SHOWING_IMAGES` that judge, before; ``None`` where it did not run."""
         batch = fixed_batch(attempt.graph)
+        judges = spread(images[judging(len(images))], _SHOWING_IMAGES)
         fit = images[~judging(len(images))]
-        wanted = max(round(_BIAS_SHARE * len(images)), FEWEST)
-        fit = spread(fit, min(wanted, len(fit)) // batch * batch)
+        wanted = min(len(fit), max(round(_BIAS_SHARE * len(images)), FEWEST))
+        n_images = (wanted + len(judges)) // batch * batch
+        if n_images <= len(judges):
+            return None
+        fit = spread(fit, n_images - len(judges))
         with self._timed("bias"):
-            attempt.records += correct_biases(
-                attempt.graph, placement, attempt.ranges, fit, self._runner_factory, self._folder
+            records, outputs = correct_biases(
+                attempt.graph,
+                placement,
+                attempt.ranges,
+                rounded,
+                np.concatenate([fit, judges]),
+                len(judges),
+                self._runner_factory,
+                self._folder,
             )
+        attempt.records += records
+        return outputs[len(fit) :] if len(outputs) else None
 
     def _judge(
-        self, graph: ir.Model, placement: Placement, images: NDArray[np.uint8], at_most: int
+        self,
+        graph: ir.Model,
+        placement: Placement,
+        rounded: RoundedWeights,
+        images: NDArray[np.uint8],
+        at_most: int,
+        exact: NDArray[np.float32] | None = None,
     ) -> LogitsJudge:
         judges = spread(images[judging(len(images))], at_most)
         with self._timed("judging"):
-            return LogitsJudge(graph, placement, judges, self._runner_factory, self._folder)
+            return LogitsJudge(graph, placement, rounded, judges, self._runner_factory, self._folder, exact)
 
     def _judged(self, attempt: _Attempt, judge: LogitsJudge) -> _Attempt:
         with self._timed("judging"):

@@ -30,12 +30,12 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx_ir.passes.common import ShapeInferencePass
 
+from calibration.collect import fix_batch, is_non_negative
 from calibration.correction.channels import ChannelAtoms, Layer, trace_channels
 from pipeline.contracts import RunnerFactory
 from pipeline.errors import CalibrationError
-from pipeline.onnx_files import save_model
+from pipeline.onnx_files import save_for_runner
 
 __all__ = [
     "ChannelRanges",
@@ -82,16 +82,21 @@ def channel_ranges(
 ) -> ChannelRanges:
     """One pass over the images for the extrema of every channel; the reduction is part of the graph.
 
+    Where no value can be below 0, neither extremum is: the smallest is not looked for.
+
     Raises:
         CalibrationError: an extremum is NaN or Inf; names the tensor.
     """
+    size = model.graph.inputs[0].shape
+    batch = size[0] if size is not None and isinstance(size[0], int) else 1
     probe = model.clone()
+    fix_batch(probe, batch)
     values = {value.name: value for node in probe.graph for value in node.outputs}
     outputs: list[ir.Value] = []
     for index, name in enumerate(tensors):
         value = values[name]
         rank = 0 if value.shape is None else len(value.shape)
-        for op_type in ("ReduceMin", "ReduceMax"):
+        for op_type in ("ReduceMax",) if is_non_negative(value) else ("ReduceMin", "ReduceMax"):
             inputs = [value]
             if rank > 2:
                 axes = ir.tensor(np.arange(2, rank, dtype=np.int64), name=f"edgefold_axes_{index}_{op_type}")
@@ -110,19 +115,18 @@ def channel_ranges(
             outputs.append(node.outputs[0])
     probe.graph.outputs.clear()
     probe.graph.outputs.extend(outputs)
-    ShapeInferencePass(data_prop=True)(probe)
     path = folder / "channels.onnx"
-    save_model(probe, path)
-    size = probe.graph.inputs[0].shape
-    batch = size[0] if size is not None and isinstance(size[0], int) else 1
+    save_for_runner(probe, path)
     low = [np.float32(np.inf)] * len(tensors)
     high = [np.float32(-np.inf)] * len(tensors)
     with runner_factory(path, ()) as runner:
         for start in range(0, len(images), batch):
             seen = runner.infer({probe.graph.inputs[0].name or "": images[start : start + batch]})
             for index in range(len(tensors)):
-                low[index] = np.minimum(low[index], seen[f"edgefold_ReduceMin_{index}"].min(axis=0))
-                high[index] = np.maximum(high[index], seen[f"edgefold_ReduceMax_{index}"].max(axis=0))
+                largest = seen[f"edgefold_ReduceMax_{index}"]
+                smallest = seen.get(f"edgefold_ReduceMin_{index}", np.zeros_like(largest))
+                low[index] = np.minimum(low[index], smallest.min(axis=0))
+                high[index] = np.maximum(high[index], largest.max(axis=0))
     ranges = {name: (np.asarray(low[i]), np.asarray(high[i])) for i, name in enumerate(tensors)}
     for name, ends in ranges.items():
         if not all(np.isfinite(end).all() for end in ends):
@@ -197,12 +201,12 @@ def scaled_weight(
     read: NDArray[np.float64] | None,
 ) -> NDArray[np.float32]:
     """`weight` times the scales of the channels it makes, over those of the channels it reads."""
-    rows = weight.astype(np.float64)
-    if layer.point.axis == 1:
-        rows = rows.T
-    shape = rows.shape
-    rows = rows * np.reshape(made, (-1, *[1] * (len(shape) - 1)))
+    rows = weight.T if layer.point.axis == 1 else weight
+    n_sums = rows.shape[1]
+    factors = np.broadcast_to(np.reshape(made, (-1, 1)), (len(rows), n_sums))
     if read is not None:
-        grouped = rows.reshape(layer.n_groups, -1, *shape[1:])
-        rows = (grouped / read.reshape(layer.n_groups, 1, -1, *[1] * (len(shape) - 2))).reshape(shape)
-    return np.ascontiguousarray(rows.T if layer.point.axis == 1 else rows, np.float32)
+        grouped = factors.reshape(layer.n_groups, -1, n_sums)
+        factors = (grouped / read.reshape(layer.n_groups, 1, -1)).reshape(factors.shape)
+    # A factor for each kernel, not for each weight, is computed in float64.
+    rows = rows * factors.astype(np.float32).reshape(*factors.shape, *[1] * (rows.ndim - 2))
+    return np.ascontiguousarray(rows.T if layer.point.axis == 1 else rows)

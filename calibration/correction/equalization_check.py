@@ -20,6 +20,9 @@ from pipeline.contracts import RunnerFactory
 
 __all__ = ["judge_scales"]
 
+_JUDGED_CHANNELS = 64
+"""Of a convolution's output, about, from all over: both copies of a layer are judged by the same ones."""
+
 
 def judge_scales(
     model: ir.Model,
@@ -31,7 +34,7 @@ def judge_scales(
     float_weights: bool,
     runner_factory: RunnerFactory,
     folder: Path,
-) -> tuple[NDArray[np.float64], tuple[CorrectionRecord, ...]]:
+) -> tuple[NDArray[np.float64], tuple[CorrectionRecord, ...], NDArray[np.float32]]:
     """Take back the scales of channels whose readers lose by them.
 
     Channels that stand in one tensor are judged together, by the noise-to-signal ratios of all layers that
@@ -49,7 +52,7 @@ def judge_scales(
         folder: for its file.
 
     Returns:
-        The scales that are kept, 1 for others, and a record of every layer.
+        The scales that are kept, 1 for others; a record of every layer; the outputs of `model`.
     """
     probe = LayerProbe(model)
     unit_of = _units(atoms, [point.tensor for point in placement.activations])
@@ -61,10 +64,14 @@ def judge_scales(
         if read is None or (read == 1.0).all() or layer.point.input not in ranges or name not in quantized:
             continue
         grid = ACTIVATION_FORMS[placement.activation_form](_hull(ranges[layer.point.input]))
-        probe.add(name, _rounded(layer, None, float_weights), grid)
-        probe.add(name, _rounded(layer, read, float_weights), grid, read)
+        step = _channel_step(layer)
+        probe.add(name, _rounded(layer, None, float_weights, step), grid, step)
+        probe.add(name, _rounded(layer, read, float_weights, step), _scaled(grid, read), step)
         units.append(int(unit_of[atoms.of[layer.point.input][0]]))
-    seen = [(name, result.sqnr_db()) for name, result in probe.run(images, runner_factory, folder)]
+    if not units:
+        return np.ones_like(scales), (), np.empty((0, 0), np.float32)
+    probed = probe.run(images, runner_factory, folder)
+    seen = [(name, result.sqnr_db()) for name, result in probed.layers]
     judged = [
         (unit, CorrectionRecord(name, "equalize", before_db, after_db, True))
         for unit, (name, before_db), (_, after_db) in zip(units, seen[::2], seen[1::2], strict=True)
@@ -78,7 +85,7 @@ def judge_scales(
         CorrectionRecord(r.layer, r.correction, r.before_db, r.after_db, unit not in worse)
         for unit, r in judged
     )
-    return kept, records
+    return kept, records, probed.outputs
 
 
 def _units(atoms: ChannelAtoms, tensors: list[str]) -> NDArray[np.intp]:
@@ -97,15 +104,35 @@ def _gains(records: list[CorrectionRecord]) -> bool:
     return bool(after < before)
 
 
-def _rounded(layer: Layer, read: NDArray[np.float64] | None, float_weights: bool) -> NDArray[np.float32]:
+def _channel_step(layer: Layer) -> int:
+    if layer.node.op_type != "Conv" or layer.n_groups > 1:
+        return 1
+    constant = layer.node.inputs[1]
+    assert constant is not None
+    assert constant.shape is not None
+    return max(1, constant.shape.numpy()[0] // _JUDGED_CHANNELS)
+
+
+def _rounded(
+    layer: Layer, read: NDArray[np.float64] | None, float_weights: bool, step: int
+) -> ir.TensorProtocol:
+    """Every `step`-th channel of a weight as it is rounded, of the channels it reads scaled or not."""
     constant = layer.node.inputs[1]
     assert constant is not None
     assert constant.const_value is not None
-    weight = scaled_weight(layer, constant.const_value.numpy(), 1.0, read)
-    if float_weights:
-        return weight
-    params: QuantParams = per_channel_int8(weight, layer.point.axis)
-    return dequantize(quantize(weight, params), params)
+    weight = constant.const_value.numpy()[::step]
+    if not float_weights:
+        weight = weight if read is None else scaled_weight(layer, weight, 1.0, read)
+        params: QuantParams = per_channel_int8(weight, layer.point.axis)
+        weight = dequantize(quantize(weight, params), params)
+        weight = weight if read is None else scaled_weight(layer, weight, 1.0, 1.0 / read)
+    return ir.tensor(np.ascontiguousarray(weight))
+
+
+def _scaled(grid: QuantParams, read: NDArray[np.float64]) -> QuantParams:
+    """On which a channel comes out as on `grid` if multiplied with its scale beforehand, and divided by it behind."""
+    scale = (grid.scale / read).astype(np.float32)
+    return QuantParams(scale, np.full(scale.shape, grid.zero_point), grid.dtype, 1)
 
 
 def _hull(ranges: tuple[NDArray[Any], NDArray[Any]]) -> TensorRange:

@@ -11,13 +11,13 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.correction.rounded import RoundedWeights
 from calibration.placement import Placement
-from calibration.qdq import insert_qdq, weight_params
-from calibration.qparams import dequantize, quantize
+from calibration.qdq import insert_qdq
 from pipeline.artifacts import TensorRange
 from pipeline.contracts import RunnerFactory
 from pipeline.metrics import sqnr_db
-from pipeline.onnx_files import save_model
+from pipeline.onnx_files import save_for_runner
 
 __all__ = ["Judgement", "LogitsJudge", "fixed_batch", "logits_of"]
 
@@ -61,25 +61,32 @@ class LogitsJudge:
         self,
         model: ir.Model,
         placement: Placement,
+        rounded: RoundedWeights,
         images: NDArray[np.uint8],
         runner_factory: RunnerFactory,
         folder: Path,
+        exact: NDArray[np.float32] | None = None,
     ) -> None:
-        """Run `model` on the images.
+        """Run `model` on the images, unless what it makes of them is known.
 
         Args:
             model: fp32; what its logits say is right.
             placement: where Q/DQ will stand.
+            rounded: the weights of `model`.
             images: uint8 NHWC; of a model with a fixed batch size, as many as fill whole batches are used.
             runner_factory: makes the fp32 runners.
             folder: for temporary files.
+            exact: the logits of `model` on the images.
         """
         batch = fixed_batch(model)
         self._placement = placement
+        self._rounded = rounded
         self._images = images[: len(images) // batch * batch]
         self._runner_factory = runner_factory
         self._folder = folder
-        self._exact = self._logits(model) if len(self._images) else None
+        self._exact: NDArray[np.float32] | None = None
+        if len(self._images):
+            self._exact = self._logits(model) if exact is None else exact[: len(self._images)]
 
     @property
     def n_images(self) -> int:
@@ -90,20 +97,27 @@ class LogitsJudge:
         """What the logits of `model` in int8 are worth; ``None`` without images."""
         if self._exact is None:
             return None
-        found = self._logits(_on_grids(model, self._placement, ranges))
+        found = self._logits(self._on_grids(model, ranges))
         each = [sqnr_db(exact, of_it) for exact, of_it in zip(self._exact, found, strict=True)]
         return Judgement(sqnr_db(self._exact, found), np.minimum(each, _EXACT_DB))
 
     def _logits(self, model: ir.Model) -> NDArray[np.float32]:
-        return logits_of(model, self._images, self._runner_factory, self._folder)
+        path = self._folder / "whole.onnx"
+        save_for_runner(model, path)
+        return logits_of(model, path, self._images, self._runner_factory)
+
+    def _on_grids(self, model: ir.Model, ranges: Mapping[str, TensorRange]) -> ir.Model:
+        """`model` as its int8 form computes, with float weights that lie on their grids."""
+        on_grids = model.clone()
+        self._rounded.put_into(on_grids)
+        insert_qdq(on_grids, dataclasses.replace(self._placement, weights=()), ranges)
+        return on_grids
 
 
 def logits_of(
-    model: ir.Model, images: NDArray[np.uint8], runner_factory: RunnerFactory, folder: Path
+    model: ir.Model, path: Path, images: NDArray[np.uint8], runner_factory: RunnerFactory
 ) -> NDArray[np.float32]:
-    """What `model` makes of images, uint8 NHWC, whole batches of them where its batch size is fixed."""
-    path = folder / "whole.onnx"
-    save_model(model, path)
+    """What `model`, written to `path`, makes of images, uint8 NHWC: whole batches where its batch size is fixed."""
     batch = fixed_batch(model)
     name, output = model.graph.inputs[0].name or "", model.graph.outputs[0].name or ""
     with runner_factory(path, ()) as runner:
@@ -119,16 +133,3 @@ def fixed_batch(model: ir.Model) -> int:
     """The batch size of a model that takes no other; else 1."""
     shape = model.graph.inputs[0].shape
     return shape[0] if shape is not None and isinstance(shape[0], int) else 1
-
-
-def _on_grids(model: ir.Model, placement: Placement, ranges: Mapping[str, TensorRange]) -> ir.Model:
-    """`model` as its int8 form computes, with float weights that lie on their grids: no engine then lowers it."""
-    rounded = model.clone()
-    for point in placement.weights:
-        value = rounded.graph.initializers[point.weight]
-        assert value.const_value is not None, "a weight point names a constant"
-        array = value.const_value.numpy()
-        params = weight_params(array, point, placement)
-        value.const_value = ir.tensor(dequantize(quantize(array, params), params), name=value.name)
-    insert_qdq(rounded, dataclasses.replace(placement, weights=()), ranges)
-    return rounded

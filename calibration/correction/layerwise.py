@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from pipeline.contracts import RunnerFactory
-from pipeline.onnx_files import save_model
+from pipeline.onnx_files import save_for_runner
 
 __all__ = ["LayerwiseRun", "bytes_per_image"]
 
@@ -111,7 +111,7 @@ class LayerwiseRun:
             )
         )
         piece = ir.convenience.extract(self._model.graph, sources, wanted)
-        save_model(ir.Model(piece, ir_version=self._model.ir_version), self._path)
+        save_for_runner(ir.Model(piece, ir_version=self._model.ir_version), self._path)
         results: dict[str, NDArray[Any]] = {}
         with self._runner_factory(self._path, ()) as runner:
             for rows in self._chunks():

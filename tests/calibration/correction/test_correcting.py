@@ -44,7 +44,7 @@ GRAPH = f"""g (uint8[{{batch}},{HW},{HW},3] image) => (float[{{batch}},5] logits
       logits = Gemm(q, h, k) }}}}"""
 
 
-def make_model(path, batch="N"):
+def make_model(path, batch="N", **others):
     rng = np.random.default_rng(3)
     uneven = np.exp(rng.normal(0.0, 1.2, 16))
     model = onnx_model(
@@ -57,6 +57,7 @@ def make_model(path, batch="N"):
         z=weight(24) / 4,
         h=weight(24, 5),
         k=weight(5),
+        **others,
     )
     data = ir.serde.serialize_model(model).SerializeToString()
     path.write_bytes(data)
@@ -212,6 +213,22 @@ def test_equalization_gains_and_its_table_belongs_to_the_equalized_model(model, 
     assert quality_db(model, equalized) > quality_db(model, plain) + EQUALIZATION_GAIN_DB
     with pytest.raises(IntegrityError, match="calibration table is of model"):
         apply_table(model, table, "cpu", tmp_path / "wrong.onnx")
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_equalization_is_undone_where_a_clip_was_reached(tmp_path, monkeypatch, clip):
+    """Nothing is as like the original as is asked for here; without a clip there is nothing to ask."""
+    monkeypatch.setattr(correcting_module, "_SAME_MODEL_DB", np.inf)
+    graph = GRAPH.replace("r = Relu(c)", "r = Clip(c, low, high)") if clip else GRAPH
+    limits = {"low": np.array(0.0), "high": np.array(500.0)} if clip else {}
+    monkeypatch.setattr(f"{__name__}.GRAPH", graph)
+    model = make_model(tmp_path / "fp32.onnx", **limits)
+    quantizer = StaticQuantizer(runner_factory=fp32_runner, corrections=("equalize",), work_dir=tmp_path)
+    found = quantizer.correct(model, batches, DATASET, lambda *_: None)
+    verdicts = {entry[4] for entry in found.original.history[-1].checks["corrected_layers"]}
+    assert (found.original.path == model.path) == clip
+    assert verdicts == {"undone"} if clip else "kept" in verdicts
+    assert (tmp_path / "equalized.onnx").exists() != clip
 
 
 def test_the_tensorrt_form_is_corrected_too(model, tmp_path):
