@@ -20,7 +20,7 @@ from calibration.correction.channels import trace_channels
 from calibration.correction.choice import choose_corrections
 from calibration.correction.equalization import channel_ranges, channel_scales, equalize, tensors_to_equalize
 from calibration.correction.equalization_check import judge_scales
-from calibration.correction.images import FEWEST, MAX_IMAGES, images_that_fit, spread, take_images
+from calibration.correction.images import FEWEST, images_that_fit, spread, take_images
 from calibration.correction.judge import Judgement, LogitsJudge, fixed_batch, logits_of
 from calibration.correction.reconstruction import carry_over, reconstruct
 from calibration.correction.records import (
@@ -50,14 +50,14 @@ _SHOWING_IMAGES = 4
 _DECIDING_IMAGES = 24
 """For the SQNR of the logits, which one image in eight can turn by a decibel: more of them where it decides."""
 _TRIED_LAYERS = 8
-_EQUALIZATION_SHARE = 1 / 4
-_BIAS_SHARE = 1 / 8
-"""Of the images, so that both together cost little more than a pass over all of them (benchmarks/calibration_cost.py).
-More images do not make a better bias: with an eighth of 64 or three quarters `inception_resnet_lite` comes to 45 dB.
-They do make better extrema of channels: from 8 images instead of 12, three in four layers of Inception-v3 lose by
-equalization on others."""
+_EQUALIZATION_SHARE, _EQUALIZING_IMAGES = 1 / 4, 24
+_BIAS_SHARE, _CORRECTING_IMAGES = 1 / 8, 12
+"""Of the images, and at most: so that both together cost no more than a pass over the 128 of a build
+(benchmarks/calibration_cost.py). More images do not make a better bias: with an eighth of 64 or three quarters
+`inception_resnet_lite` comes to 45 dB. They do make better extrema of channels, up to a dozen: from 8, three in four
+layers of Inception-v3 lose by equalization on others."""
 _BIAS_IMAGES = 144
-"""Read where nothing but biases is corrected: `_BIAS_SHARE` of them correct, `_DECIDING_IMAGES` judge."""
+"""Read where nothing but biases is corrected: `_CORRECTING_IMAGES` of them correct, `_DECIDING_IMAGES` judge."""
 
 
 class Corrector:
@@ -137,7 +137,7 @@ class Corrector:
         atoms = trace_channels(graph.graph)
         quantized = [point.tensor for point in placement.activations]
         names = tensors_to_equalize(graph.graph, quantized)
-        images = self._images(graph, _EQUALIZATION_SHARE, MAX_IMAGES)
+        images = self._images(graph, _EQUALIZATION_SHARE, _EQUALIZING_IMAGES)
         n_judging = min(_JUDGING_IMAGES, len(images) // 2)
         n_judging -= n_judging % fixed_batch(graph)
         if not names or not n_judging:
@@ -324,7 +324,7 @@ class Corrector:
         batch = fixed_batch(attempt.graph)
         judges = spread(images[judging(len(images))], _SHOWING_IMAGES)
         fit = images[~judging(len(images))]
-        wanted = min(len(fit), max(round(_BIAS_SHARE * len(images)), FEWEST))
+        wanted = min(len(fit), _CORRECTING_IMAGES, max(round(_BIAS_SHARE * len(images)), FEWEST))
         n_images = (wanted + len(judges)) // batch * batch
         if n_images <= len(judges):
             return None

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from calibration.correction.layerwise import bytes_per_image
 from pipeline.contracts import Batches
 
-__all__ = ["FEWEST", "MAX_IMAGES", "images_that_fit", "spread", "take_images"]
+__all__ = ["FEWEST", "images_that_fit", "spread", "take_images"]
 
 FEWEST = 8
-MAX_IMAGES = 1024
+_MAX_IMAGES = 1024
 """As many as the paper on adaptive rounding takes."""
 _HELD_BYTES = 2 * 2**30
 """What the images of a reconstruction may take at once, in both of its runs: with PyTorch in the same process, a build
@@ -47,7 +47,7 @@ def images_that_fit(model: ir.Model) -> int:
     """How many images a reconstruction can hold between two layers."""
     # Two runs: float32 in the reference, a quarter of that where values are quantized.
     each = bytes_per_image(model) * 5 // 4
-    return max(FEWEST, min(MAX_IMAGES, _HELD_BYTES // max(each, 1)))
+    return max(FEWEST, min(_MAX_IMAGES, _HELD_BYTES // max(each, 1)))
 
 
 def spread(images: NDArray[np.uint8], wanted: int) -> NDArray[np.uint8]:
