@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: help demo test test-gstreamer test-soak test-slow test-finish test-modelopt tensorrt-matrix check format docs clean
+.PHONY: help demo test test-gstreamer test-soak test-gpu test-slow test-finish test-modelopt tensorrt-matrix check format docs clean
 
 help:
 	@sed -n '1,3s/^# //p' Makefile
@@ -35,6 +35,10 @@ test-gstreamer: $(INSTALLED)
 # The stream for a minute with a fault every second or two, each of which it must survive and count.
 test-soak: $(INSTALLED)
 	$(BIN)/pytest -m soak --skips-fail tests/apps/streaming
+
+# On a machine with an NVIDIA GPU. TensorRT's library is wanted by four of them only; -rs says what was skipped.
+test-gpu: $(INSTALLED)
+	$(BIN)/pytest -rs -m "gpu" tests/engines/tensorrt tests/pipeline/training
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow"
