@@ -38,7 +38,7 @@ test-soak: $(INSTALLED)
 
 # On a machine with an NVIDIA GPU. TensorRT's library is wanted by four of them only; -rs says what was skipped.
 test-gpu: $(INSTALLED)
-	$(BIN)/pytest -rs -m "gpu" tests/engines/tensorrt tests/pipeline/training
+	$(BIN)/pytest -rs -m "gpu" tests/engines/tensorrt tests/apps/streaming/test_stream_on_a_gpu.py tests/pipeline/training
 
 test-slow: $(INSTALLED)
 	$(BIN)/pytest -m "slow"
