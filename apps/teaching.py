@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from pipeline.datasets import labelled_batches
 from pipeline.metrics import probabilities
 from pipeline.training.distillation import Teacher
 from pipeline.validation import match_labels
+from pipeline.whole_files import whole_file
 
 __all__ = ["ask_teachers"]
 
@@ -71,13 +71,8 @@ def _answers(
         kept = cache_dir / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.teacher.npy"
         if not kept.exists():
             cache_dir.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(f".{os.getpid()}.partial")
-            try:
-                with partial.open("wb") as file:
-                    np.save(file, _ask(judged, dataset, columns, progress))
-                partial.replace(kept)
-            finally:
-                partial.unlink(missing_ok=True)
+            with whole_file(kept) as file:
+                np.save(file, _ask(judged, dataset, columns, progress))
     return sha256, np.load(kept)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from calibration.observers import N_BINS, distribution
 from calibration.ranges import METHOD_OPTIONS, METHODS
 from pipeline.artifacts import CalibrationTable, ModelArtifact, TensorStatistics
 from pipeline.errors import CalibrationError, IntegrityError
+from pipeline.whole_files import whole_file
 
 __all__ = [
     "StatisticsCache",
@@ -194,27 +194,21 @@ def _store(path: Path, statistics: TensorStatistics, digests: tuple[str, ...]) -
     names = list(statistics.histogram)
     # Histograms are mostly empty: position and count of what is not take a hundredth of the room.
     occupied = [np.flatnonzero(statistics.histogram[name]) for name in names]
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            np.savez(
-                file,
-                digests=np.array(digests),
-                sha256=np.array(statistics_sha256(statistics)),
-                n_samples=np.array(statistics.n_samples),
-                names=np.array(names),
-                min=np.array([statistics.min[name] for name in names], np.float64),
-                max=np.array([statistics.max[name] for name in names], np.float64),
-                sizes=np.array([len(bins) for bins in occupied]),
-                bins=np.concatenate(occupied),
-                counts=np.concatenate(
-                    [statistics.histogram[name][bins] for name, bins in zip(names, occupied, strict=True)]
-                ),
-            )
-            file.flush()
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with whole_file(path) as file:
+        np.savez(
+            file,
+            digests=np.array(digests),
+            sha256=np.array(statistics_sha256(statistics)),
+            n_samples=np.array(statistics.n_samples),
+            names=np.array(names),
+            min=np.array([statistics.min[name] for name in names], np.float64),
+            max=np.array([statistics.max[name] for name in names], np.float64),
+            sizes=np.array([len(bins) for bins in occupied]),
+            bins=np.concatenate(occupied),
+            counts=np.concatenate(
+                [statistics.histogram[name][bins] for name, bins in zip(names, occupied, strict=True)]
+            ),
+        )
 
 
 def _load(path: Path, digests: tuple[str, ...], tensors: Sequence[str]) -> TensorStatistics | None:

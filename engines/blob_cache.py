@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.artifacts import Fingerprint
+from pipeline.whole_files import whole_file
 
 __all__ = ["MAX_CACHE_BYTES", "BlobCache", "blob_key"]
 
@@ -72,23 +72,16 @@ class BlobCache:
 
     def put(self, key: str, blob: bytes) -> None:
         """Store `blob` in one step: a reader sees the whole entry or none."""
-        temporary: Path | None = None
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=self._folder, suffix=_TEMPORARY_SUFFIX, delete=False
-            ) as file:
-                temporary = Path(file.name)
+            with whole_file(self._folder / (key + _SUFFIX), suffix=_TEMPORARY_SUFFIX) as file:
                 file.write(hashlib.sha256(blob).digest())
                 file.write(blob)
-            temporary.replace(self._folder / (key + _SUFFIX))
             self._trim()
         except OSError as error:
             _log.warning(
                 "engine cache %s cannot be written (%s); it will be compiled again", self._folder, error
             )
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
 
     def discard(self, key: str) -> None:
         """Forget what is stored under `key`."""

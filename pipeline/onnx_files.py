@@ -7,11 +7,9 @@ checked before any of them is opened.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import stat
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -22,6 +20,7 @@ from google.protobuf.message import DecodeError, Message  # type: ignore[import-
 from pipeline.artifacts import TensorSpec
 from pipeline.digest import file_sha256
 from pipeline.errors import ExportError, IntegrityError, ModelSpecError
+from pipeline.whole_files import whole_file
 
 __all__ = [
     "file_sha256",
@@ -91,19 +90,10 @@ def save_model(model: ir.Model, path: Path) -> str:
     _check_size(value.const_value for value in model.graph.initializers.values())
     digest = hashlib.sha256()
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = Path(file.name)
-            try:
-                for piece in _serialized(model):
-                    digest.update(piece)
-                    file.write(piece)
-                file.flush()
-                temporary.chmod(0o644)  # NamedTemporaryFile makes it private; a model is not
-                temporary.replace(path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
+        with whole_file(path) as file:
+            for piece in _serialized(model):
+                digest.update(piece)
+                file.write(piece)
     except OSError as error:
         raise ExportError(f"cannot write {path}: {error.strerror or error}") from error
     return digest.hexdigest()

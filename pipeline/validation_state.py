@@ -7,10 +7,7 @@ else are refused by name, since added to these they would be a figure of nothing
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import EdgefoldError, IntegrityError
+from pipeline.whole_files import whole_file
 
 __all__ = ["Progressed", "ResumeFile"]
 
@@ -105,21 +103,10 @@ class ResumeFile:
             "skipped": list(skipped),
             "tally": TypeAdapter(type(tally)).dump_python(tally, mode="json"),
         }
-        temporary: Path | None = None
         try:
-            descriptor, name = tempfile.mkstemp(
-                dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp"
-            )
-            temporary = Path(name)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-                json.dump(tree, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            temporary.replace(self.path)
+            with whole_file(self.path, durable=True) as file:
+                file.write(json.dumps(tree).encode())
         except OSError as error:
-            if temporary is not None:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
             raise EdgefoldError(
                 f"cannot write {str(self.path)!r}: {error.strerror or error}; give another --resume"
             ) from error

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +30,7 @@ from pipeline.artifacts import CalibrationTable
 from pipeline.errors import EdgefoldError
 from pipeline.validation_agreement import AgreementResult
 from pipeline.validation_result import ClassChange, Flip, ValidationResult
+from pipeline.whole_files import whole_file
 
 if TYPE_CHECKING:
     from apps.attributing import Attributed
@@ -133,7 +131,7 @@ def render_report(
         **_search_parts(manifest),
         **_attribution_parts(attributed),
     )
-    _write_atomically(path, html.encode())
+    _write(path, html.encode())
 
 
 def _verdict(
@@ -233,21 +231,11 @@ def _attribution_parts(attributed: Attributed | None) -> dict[str, Any]:
     }
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary: Path | None = None
+def _write(path: Path, data: bytes) -> None:
     try:
-        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        temporary = Path(name)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.chmod(0o644)  # mkstemp keeps it private; a report is for others too
-        temporary.replace(path)
+        with whole_file(path, durable=True) as file:
+            file.write(data)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
         raise EdgefoldError(
             f"cannot write the report {str(path)!r}: {error.strerror or error}; give another --report"
         ) from error

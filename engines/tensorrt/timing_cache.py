@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+
+from pipeline.whole_files import whole_file
 
 __all__ = ["TimingCacheFile", "timing_cache_path"]
 
@@ -66,23 +66,16 @@ class TimingCacheFile:
         Returns:
             Whether it was written; if not, a warning says why.
         """
-        temporary: Path | None = None
         try:
             self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with FileLock(self._path.with_suffix(".lock"), timeout=_LOCK_TIMEOUT_S):
                 timings = combine(self.read())
-                with tempfile.NamedTemporaryFile(dir=self._path.parent, suffix=".tmp", delete=False) as file:
-                    temporary = Path(file.name)
+                with whole_file(self._path, durable=True) as file:
                     file.write(hashlib.sha256(timings).digest())
                     file.write(timings)
-                    file.flush()
-                    os.fsync(file.fileno())
-                temporary.replace(self._path)
         except (OSError, Timeout) as error:
             _log.warning(
                 "timing cache %s cannot be written (%s); the next build times again", self._path, error
             )
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
             return False
         return True

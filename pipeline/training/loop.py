@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from pipeline.training.distillation import Teacher, taught_loss
 from pipeline.training.pixels import Augmentation, PixelTable, augmented_batches, mirrored_images
 from pipeline.training.recipes import Recipe, learning_rate, make_optimizer
 from pipeline.training.start import prepare
+from pipeline.whole_files import whole_file
 
 __all__ = ["EpochResult", "TrainingRun", "train"]
 
@@ -197,7 +197,6 @@ def _save(
     epoch: int,
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     state = {
         "digest": digest,
         "epoch": epoch,
@@ -205,8 +204,8 @@ def _save(
         "average": average.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(state, partial)
-    partial.replace(path)
+    with whole_file(path) as file:
+        torch.save(state, file)
 
 
 def _resume(
