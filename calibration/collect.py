@@ -30,7 +30,15 @@ from pipeline.errors import CalibrationError
 from pipeline.onnx_files import load_model, save_model
 from pipeline.preprocess import preprocess_sha256
 
-__all__ = ["SAMPLES_PER_IMAGE", "Observation", "collect", "fix_batch", "is_non_negative", "observation_graph"]
+__all__ = [
+    "SAMPLES_PER_IMAGE",
+    "Observation",
+    "collect",
+    "fix_batch",
+    "fixed_batch",
+    "is_non_negative",
+    "observation_graph",
+]
 
 SAMPLES_PER_IMAGE = 4096
 _OBSERVATIONS = "edgefold_observations"
@@ -211,6 +219,12 @@ class _Builder:
                 name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape([len(values)]), const_value=tensor
             )
         return self._graph.initializers[name]
+
+
+def fixed_batch(model: ir.Model) -> int:
+    """The batch size of a model that takes no other; else 1."""
+    shape = model.graph.inputs[0].shape
+    return shape[0] if shape is not None and isinstance(shape[0], int) else 1
 
 
 def fix_batch(model: ir.Model, batch: int) -> None:

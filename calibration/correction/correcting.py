@@ -15,13 +15,14 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import ShapeInferencePass
 
+from calibration.collect import fixed_batch
 from calibration.correction.bias import correct_biases
 from calibration.correction.channels import trace_channels
 from calibration.correction.choice import choose_corrections
 from calibration.correction.equalization import channel_ranges, channel_scales, equalize, tensors_to_equalize
 from calibration.correction.equalization_check import judge_scales
 from calibration.correction.images import FEWEST, images_that_fit, spread, take_images
-from calibration.correction.judge import Judgement, LogitsJudge, fixed_batch, logits_of
+from calibration.correction.judge import Judgement, LogitsJudge, logits_of
 from calibration.correction.reconstruction import carry_over, reconstruct
 from calibration.correction.records import (
     AUTO,

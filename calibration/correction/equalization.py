@@ -31,7 +31,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.collect import fix_batch, is_non_negative
+from calibration.collect import fix_batch, fixed_batch, is_non_negative
 from calibration.correction.channels import ChannelAtoms, Layer, trace_channels
 from pipeline.contracts import RunnerFactory
 from pipeline.errors import CalibrationError
@@ -87,8 +87,7 @@ def channel_ranges(
     Raises:
         CalibrationError: an extremum is NaN or Inf; names the tensor.
     """
-    size = model.graph.inputs[0].shape
-    batch = size[0] if size is not None and isinstance(size[0], int) else 1
+    batch = fixed_batch(model)
     probe = model.clone()
     fix_batch(probe, batch)
     values = {value.name: value for node in probe.graph for value in node.outputs}

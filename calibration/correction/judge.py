@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from calibration.collect import fixed_batch
 from calibration.correction.rounded import RoundedWeights
 from calibration.placement import Placement
 from calibration.qdq import insert_qdq
@@ -19,7 +20,7 @@ from pipeline.contracts import RunnerFactory
 from pipeline.metrics import sqnr_db
 from pipeline.onnx_files import save_for_runner
 
-__all__ = ["Judgement", "LogitsJudge", "fixed_batch", "logits_of"]
+__all__ = ["Judgement", "LogitsJudge", "logits_of"]
 
 
 _EXACT_DB = 150.0
@@ -127,9 +128,3 @@ def logits_of(
                 for start in range(0, len(images), batch)
             ]
         )
-
-
-def fixed_batch(model: ir.Model) -> int:
-    """The batch size of a model that takes no other; else 1."""
-    shape = model.graph.inputs[0].shape
-    return shape[0] if shape is not None and isinstance(shape[0], int) else 1

@@ -24,7 +24,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from calibration.collect import fix_batch
+from calibration.collect import fix_batch, fixed_batch
 from pipeline.artifacts import QuantParams
 from pipeline.contracts import RunnerFactory
 from pipeline.metrics import sqnr_db_from_energies
@@ -137,8 +137,7 @@ class LayerProbe:
         """
         self._model = model.clone()
         self._graph = self._model.graph
-        shape = self._graph.inputs[0].shape
-        self._batch = shape[0] if shape is not None and isinstance(shape[0], int) else 1
+        self._batch = fixed_batch(self._model)
         fix_batch(self._model, self._batch)
         self._values = {value.name: value for node in self._graph for value in node.outputs}
         self._comparisons: list[_Comparison] = []

@@ -192,9 +192,8 @@ class CudaPreprocessor:
         pitch = window.width * bytes_per_pixel(self._format)
         columns = slice(window.left, window.left + window.width)
         parts = [(window.top, window.height)]
-        if (
-            self._format == "NV12"
-        ):  # a row of chroma below for every two of luma, its pairs as wide as two pixels
+        if self._format == "NV12":
+            # Below, a row of chroma for every two of luma, its pairs as wide as two pixels.
             parts.append((self._frame_hw[0] + window.top // 2, window.height // 2))
         begin = 0
         for top, n_rows in parts:
