@@ -113,7 +113,12 @@ def stream_worker(given: argparse.Namespace) -> dict[str, Any]:
         for length in (given.short, given.long)
     )
     latency = long["summary"]["latency"]
-    return {**marginal(short, long), "age": latency["age"], "infer": latency["infer"]}
+    return {
+        **marginal(short, long),
+        "age": latency["age"],
+        "infer": latency["infer"],
+        "mean_batch": long["summary"]["mean_batch"],
+    }
 
 
 def once_worker(given: argparse.Namespace) -> dict[str, Any]:

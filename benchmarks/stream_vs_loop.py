@@ -29,6 +29,8 @@ from typing import Any
 from harness import machine_stamp, paired_ratio, run_rounds, write_results
 from stream_parts import CALIBRATION, bundle, film, worker
 
+from apps.streaming.loading import THROUGHPUT_BATCH
+
 GOALS = {
     "inception_v3": {"engine_and_decoding_of_cpu": 0.95, "throughput_over_loop": 1.15},
     "inception_resnet_lite.signs": {"throughput_over_loop": 1.25},
@@ -74,7 +76,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
             "loop": [sys.executable, __file__, "loop", str(loop_model), shown["path"], str(N_ALONE)],
             "decode": worker("decode", shown["path"], N_ALONE, "--reader", "stream"),
             "decode_with_opencv": worker("decode", shown["path"], N_ALONE, "--reader", "opencv"),
-            "engine": worker("engine", path, N_ALONE, "--mode", "throughput"),
+            "engine": worker(*("engine", path, N_ALONE, "--mode", "throughput", "--batch", THROUGHPUT_BATCH)),
         }
         networks[model] = judge(run_rounds(commands, given.rounds), GOALS[model])
         print(model, json.dumps(networks[model]["results"], indent=2, default=str), file=sys.stderr)
@@ -99,6 +101,7 @@ def judge(rounds: dict[str, list[dict[str, Any]]], goals: dict[str, float]) -> d
         "results": {
             "engine_and_decoding_of_cpu": paired_ratio(alone_ms, cpu_ms["stream"]),
             "throughput_over_loop": paired_ratio(wall_ms["loop"], wall_ms["stream"]),
+            "images_a_request": statistics.median(run["mean_batch"] for run in rounds["stream"]),
             "age_ms": {
                 percentile: statistics.median(run["age"][f"{percentile}_ms"] for run in rounds["stream"])
                 for percentile in ("p50", "p95", "p99")

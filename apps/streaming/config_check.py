@@ -36,11 +36,10 @@ def check_options(config: StreamConfig) -> None:
     """As `check_config`, but what a command line may get wrong by the name of its option."""
     if not config.sources:
         raise UsageError("there is nothing to stream; give --source")
-    for option, count in (("--max-frames", config.max_frames), ("--streams", config.streams)):
+    counts = {"--max-frames": config.max_frames, "--streams": config.streams, "--batch": config.max_batch}
+    for option, count in counts.items():
         if count is not None and count < 1:
             raise UsageError(f"{option} {count} leaves nothing to do; give at least 1")
-    if config.max_batch < 1:
-        raise UsageError(f"--batch {config.max_batch} leaves nothing to do; give at least 1")
     for option, value in (("--max-seconds", config.max_seconds), ("--max-age", config.max_age_ms)):
         if value is not None and not value > 0:
             raise UsageError(f"{option} {value:g} leaves nothing to do; give more than 0")

@@ -178,8 +178,11 @@ class Dispatcher:
     # --- the schedule thread ----------------------------------------------------------------------
 
     def _has_permit(self) -> bool:
-        n_streams = self._slot.current.runner.n_streams
-        return self._n_in_flight < (n_streams + 1 if self._any_newest else 2 * n_streams + 1)
+        engine = self._slot.current
+        # Of batches one that waits is enough; and with 20 frames in the queues, answers come half a second late.
+        hurried = self._any_newest or engine.max_batch > 1
+        n_streams = engine.runner.n_streams
+        return self._n_in_flight < (n_streams + 1 if hurried else 2 * n_streams + 1)
 
     def _loop(self) -> None:
         try:

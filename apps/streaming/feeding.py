@@ -18,10 +18,11 @@ from pipeline.contracts import Outputs, Runner
 from pipeline.errors import DeviceFaultError, EngineError, UnsupportedError
 from pipeline.preprocess import normalize, to_network_pixels
 
-__all__ = ["Feeder", "HostFeeder", "InputBatch", "make_feeder"]
+__all__ = ["PLAN_ENGINES", "Feeder", "HostFeeder", "InputBatch", "make_feeder"]
 
 _log = logging.getLogger("edgefold.engine")
-_PLAN_ENGINES = ("tensorrt", "tensorrt_rtx")
+PLAN_ENGINES = ("tensorrt", "tensorrt_rtx")
+"""Engines that run a plan on a GPU."""
 
 
 class InputBatch(Protocol):
@@ -128,7 +129,7 @@ def make_feeder(
         DeviceFaultError: the device failed.
         DataError: the spec cannot be.
     """
-    if engine in _PLAN_ENGINES:
+    if engine in PLAN_ENGINES:
         from engines.tensorrt.feeder import DeviceFeeder
         from engines.tensorrt.runner import TensorRtRunner
 

@@ -10,7 +10,7 @@
 * ``in flight`` is bounded by permits, given back when the calling thread takes a result; a frame is taken
   only when there is one. With a feed of `newest` there is one more than the engine has streams: a batch
   is prepared while the engine works on the one before, and none grows old behind it. Where all are
-  `every` there are more, so that the engine always finds its next request waiting.
+  `every` and requests are of one image there are more, so that the engine always finds its next request waiting.
 * Slow output holds its permits, the permits hold back the schedule thread, and the drop policies decide
   what that costs.
 * A batch waits for its other frames `batch_wait_ms` at most, and not at all where one image is a request.

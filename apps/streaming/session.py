@@ -230,13 +230,19 @@ class StreamSession:
     # --- opening ----------------------------------------------------------------------------------
 
     def _engine_request(self, uris: Sequence[SourceUri]) -> EngineRequest:
-        """Where every source waits, no answer is hurried: several streams then do more than one at a time."""
+        """Where every source waits, no answer is hurried: several streams, and several images a request, then do more.
+
+        Not where the pictures are looked at: a request would hold so many of a source's buffers that it waits.
+        """
         config = self._config
         policies = {source.policy_for(uri.live) for source, uri in zip(config.sources, uris, strict=True)}
+        seen = (
+            not config.headless or config.serve is not None or any(source.record for source in config.sources)
+        )
         return EngineRequest(
             engine=config.engine,
             precision=config.precision,
-            max_batch=config.max_batch,
+            max_batch=config.max_batch or (1 if seen else None),
             streams=config.streams,
             mode="throughput" if policies == {"every"} else "latency",
             cache_dir=self._cache_dir,

@@ -9,7 +9,6 @@ the GPU against both, a trial load in a process that may die of it, and only the
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from engines.tensorrt.builder import build_plan, probe_plan
 from engines.tensorrt.device import device_identity
 from engines.tensorrt.options import BatchProfile, TensorRtOptions
 from engines.tensorrt.plan import BuiltPlan, identify_plan
+from engines.tensorrt.plan_file import PLAN_NAMES, read_plan
 from engines.tensorrt.runner import TensorRtRunner
 from pipeline.artifacts import EngineArtifact, EngineOptions, Fingerprint, ModelArtifact
 from pipeline.contracts import EngineBackend, Progress, Runner
@@ -37,7 +37,6 @@ __all__ = [
     "read_build_record",
 ]
 
-PLAN_NAMES: dict[Flavour, str] = {"tensorrt": "model.plan", "tensorrt_rtx": "model.rtx.plan"}
 BUILD_RECORD_NAME = "plan.json"
 INSPECTOR_NAME = "plan.inspector.json"
 KERNEL_LOG_NAME = "plan.kernels.log"
@@ -174,16 +173,7 @@ def _refuse_other_batch(model: ModelArtifact, batch: int) -> None:
 
 def _read_plan(artifact: EngineArtifact) -> bytes:
     """The plan's bytes, proved to be the ones that were built, for the flavour and the SMs it is sold as."""
-    try:
-        plan = artifact.path.read_bytes()
-    except OSError as error:
-        raise EngineError(f"plan {artifact.path} cannot be read: {error.strerror or error}") from error
-    found = hashlib.sha256(plan).hexdigest()
-    if found != artifact.sha256:
-        raise IntegrityError(
-            f"plan {artifact.path} has SHA-256 {found}, but {artifact.sha256} is expected; it was not loaded. "
-            "Build it again (edgefold finish), or copy it again from where it was built"
-        )
+    plan = read_plan(artifact.path, artifact.sha256)
     header = identify_plan(plan)
     if header.flavour != artifact.backend:
         raise IntegrityError(

@@ -21,6 +21,7 @@ from engines.tensorrt.device import DeviceIdentity, device_identity
 from engines.tensorrt.jobs import BuildJob, ProbeJob
 from engines.tensorrt.options import TensorRtOptions, check_build_options
 from engines.tensorrt.plan import BuiltPlan, identify_plan
+from engines.tensorrt.plan_file import PACKED, pack_plan
 from engines.tensorrt.process import Outcome, run_job
 from engines.tensorrt.timing_cache import timing_cache_path
 from pipeline.artifacts import ModelArtifact
@@ -43,7 +44,7 @@ def build_plan(
     Args:
         api: the flavour to build with.
         model: a strongly typed ONNX graph for TensorRT.
-        plan_path: replaced atomically; its folder must exist.
+        plan_path: replaced atomically; its folder must exist. Packed where its name ends in `PACKED`.
         options: what to build for.
         progress: told ``("engine", thousandths, 1000)``.
 
@@ -67,7 +68,8 @@ def build_plan(
         result, workspace_bytes, tried = _build_within_memory(job, device, progress)
         plan = temporary.read_bytes()
         _check_header(plan, api, options)
-        sha256 = hashlib.sha256(plan).hexdigest()
+        kept = pack_plan(temporary, plan) if plan_path.suffix == PACKED else plan
+        sha256 = hashlib.sha256(kept).hexdigest()
         loadable = device is not None and device.sm in options.sms
         inspector = _probe(api, temporary, sha256, "the new plan") if loadable else None
         _publish(temporary, plan_path)
@@ -76,7 +78,7 @@ def build_plan(
     return BuiltPlan(
         path=plan_path,
         sha256=sha256,
-        size_bytes=len(plan),
+        size_bytes=len(kept),
         model_sha256=model.sha256,
         flavour=api.flavour,
         version=api.version_text,

@@ -56,6 +56,7 @@ class BuiltPlan:
     path: Path
     sha256: str
     size_bytes: int
+    """Of the file; a plan of TensorRT-RTX is packed in it."""
     model_sha256: str
     flavour: Flavour
     version: str
@@ -84,7 +85,7 @@ def identify_plan(plan: bytes) -> PlanHeader:
     """Tell whose plan `plan` is, without any library.
 
     Args:
-        plan: the whole file.
+        plan: all of it, not packed.
 
     Raises:
         IntegrityError: it is no plan, is truncated, or has a header this version cannot read.

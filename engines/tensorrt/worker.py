@@ -7,21 +7,20 @@ parent lives: when it closes, the worker removes what it was writing and ends.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 from engines.model_file import read_model_bytes
 from engines.tensorrt.api import load_api
 from engines.tensorrt.jobs import BuildJob, Job, ProbeJob, job_from_json
 from engines.tensorrt.network import BuildMemoryError, compile_network, make_logger
-from pipeline.errors import EdgefoldError, EngineError, IntegrityError
+from engines.tensorrt.plan_file import read_plan
+from pipeline.errors import EdgefoldError, EngineError
 
 __all__ = ["main"]
 
@@ -91,7 +90,7 @@ def _build(job: BuildJob, events: _Events) -> dict[str, Any]:
 
 def _probe(job: ProbeJob) -> dict[str, Any]:
     api = load_api(job.flavour)
-    plan = _read_plan(job.plan_path, job.plan_sha256)
+    plan = read_plan(job.plan_path, job.plan_sha256)
     logger, log = make_logger(api)
     runtime = api.module.Runtime(logger)
     engine = runtime.deserialize_cuda_engine(plan)
@@ -122,11 +121,3 @@ def _context_at_optimum(trt: Any, engine: Any) -> Any:
             _, optimum, _ = engine.get_tensor_profile_shape(name, 0)
             context.set_input_shape(name, optimum)
     return context
-
-
-def _read_plan(path: Path, sha256: str) -> bytes:
-    plan = path.read_bytes()
-    found = hashlib.sha256(plan).hexdigest()
-    if found != sha256:
-        raise IntegrityError(f"plan {path} has SHA-256 {found}, but {sha256} is expected; it was not loaded")
-    return plan
