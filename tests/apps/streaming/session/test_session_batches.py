@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from apps.streaming import session
+from apps.streaming import loading, session
 from apps.streaming.config import RecordConfig, SourceConfig, StreamConfig
 from apps.streaming.loading import EngineRequest, load_engine
 from apps.streaming.session import StreamSummary
@@ -58,6 +58,15 @@ def test_a_graph_that_takes_one_image_has_one(
 ) -> None:
     path = make_bundle(tmp_path / "one", graph)
     assert batch_of(path, EngineRequest(mode="throughput")) == 1
+
+
+def test_a_slow_engine_answers_one_by_one(
+    bundle: Path, batch_of: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or what is under way would outlast the seconds in which SIGTERM ends the app."""
+    monkeypatch.setattr(loading, "_LONGEST_REQUEST_S", 0.0)
+    assert batch_of(bundle, EngineRequest(mode="throughput")) == 1
+    assert batch_of(bundle, EngineRequest(mode="throughput", max_batch=4)) == 4
 
 
 def stream(
