@@ -9,6 +9,7 @@ import contextlib
 import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +17,9 @@ from typing import Literal
 import numpy as np
 
 import engines
-from apps.streaming.config import StreamPrecision
+from apps.streaming.config import StreamConfig, StreamPrecision
 from apps.streaming.feeding import PLAN_ENGINES, Feeder, make_feeder
-from apps.streaming.sources import ModelClasses
+from apps.streaming.sources import ModelClasses, SourceUri
 from pipeline.artifacts import EngineArtifact, EngineOptions
 from pipeline.bundle import MANIFEST_NAME, Bundle, open_bundle
 from pipeline.contracts import Runner
@@ -29,6 +30,7 @@ __all__ = [
     "EngineRequest",
     "LoadedEngine",
     "check_golden",
+    "engine_request",
     "load_engine",
     "model_classes",
 ]
@@ -38,7 +40,7 @@ _CPU_ENGINE = "openvino"
 _DIGEST_DIGITS = 12
 THROUGHPUT_BATCH = 4
 """Images a request for whoever waits for all answers: weights are fetched, threads are woken and Python is run once for
-the four. Of a film's frame it saves 5 to 8 % of the time (docs/decisions/0015); eight save no more."""
+the four. Of a film's frame it saves 2 to 8% of the time (docs/decisions/0015); eight save little more."""
 _LONGEST_REQUEST_S = 0.5
 """With a slower engine four images are so long under way that the app could not end within five seconds of SIGTERM."""
 _PLAN_STREAMS = 2
@@ -89,6 +91,29 @@ class LoadedEngine:
     row_shape: tuple[int, ...]
     max_batch: int
     golden: str = "not verified: not checked yet"
+
+
+def engine_request(config: StreamConfig, uris: Sequence[SourceUri], cache_dir: Path | None) -> EngineRequest:
+    """What `config` asks of an engine, of whichever bundle.
+
+    Where every source waits, no answer is hurried: several streams, and several images a request, then do more. Not
+    where the pictures are looked at: a request would hold so many of a source's buffers that it waits.
+
+    Args:
+        config: what to run.
+        uris: of its sources, in their order.
+        cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
+    """
+    policies = {source.policy_for(uri.live) for source, uri in zip(config.sources, uris, strict=True)}
+    seen = not config.headless or config.serve is not None or any(source.record for source in config.sources)
+    return EngineRequest(
+        engine=config.engine,
+        precision=config.precision,
+        max_batch=config.max_batch or (1 if seen else None),
+        streams=config.streams,
+        mode="throughput" if policies == {"every"} else "latency",
+        cache_dir=cache_dir,
+    )
 
 
 def load_engine(bundle: Bundle | Path | str, request: EngineRequest) -> LoadedEngine:

@@ -15,7 +15,7 @@ from apps.streaming.config_check import check_options
 from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, StreamView
 from apps.streaming.display import ShownSource, StreamDisplay
 from apps.streaming.engine_slot import EngineSlot
-from apps.streaming.loading import EngineRequest, LoadedEngine, check_golden, load_engine
+from apps.streaming.loading import LoadedEngine, check_golden, engine_request, load_engine
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.outputs import SourceOutput, open_event_outputs
 from apps.streaming.reload import Reloader
@@ -130,7 +130,7 @@ class StreamSession:
         uris = [parse_source(source.uri) for source in config.sources]
         notes: list[str] = []
         with ExitStack() as stack:
-            request = self._engine_request(uris)
+            request = engine_request(config, uris, self._cache_dir)
             engine = load_engine(config.bundle, request)
             self._slot = EngineSlot(engine)
             stack.callback(self._close_engine)
@@ -228,25 +228,6 @@ class StreamSession:
         )
 
     # --- opening ----------------------------------------------------------------------------------
-
-    def _engine_request(self, uris: Sequence[SourceUri]) -> EngineRequest:
-        """Where every source waits, no answer is hurried: several streams, and several images a request, then do more.
-
-        Not where the pictures are looked at: a request would hold so many of a source's buffers that it waits.
-        """
-        config = self._config
-        policies = {source.policy_for(uri.live) for source, uri in zip(config.sources, uris, strict=True)}
-        seen = (
-            not config.headless or config.serve is not None or any(source.record for source in config.sources)
-        )
-        return EngineRequest(
-            engine=config.engine,
-            precision=config.precision,
-            max_batch=config.max_batch or (1 if seen else None),
-            streams=config.streams,
-            mode="throughput" if policies == {"every"} else "latency",
-            cache_dir=self._cache_dir,
-        )
 
     def _open_sources(self, uris: Sequence[SourceUri], classes: ModelClasses) -> None:
         open_feed = self._open_feed or _capture_feed()
