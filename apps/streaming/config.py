@@ -158,7 +158,8 @@ class StreamConfig:
         max_age_ms: the latency budget; frames that would be answered later are dropped and counted. By
             default there is none where every source is of policy ``every``, else 1000.
         max_batch: images a request; more than 1 needs an engine with a dynamic batch. By default 1, or 4 on a CPU
-            where every source is of policy ``every`` and the pictures are not looked at.
+            where every source is of policy ``every`` and neither are pictures looked at nor is there a
+            latency budget.
         batch_wait_ms: how long the first frame of a batch waits for others.
         streams: requests that the engine works on at the same time; by default the engine's choice.
         predictions: JSON-lines file of every prediction.

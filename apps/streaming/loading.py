@@ -96,8 +96,9 @@ class LoadedEngine:
 def engine_request(config: StreamConfig, uris: Sequence[SourceUri], cache_dir: Path | None) -> EngineRequest:
     """What `config` asks of an engine, of whichever bundle.
 
-    Where every source waits, no answer is hurried: several streams, and several images a request, then do more. Not
-    where the pictures are looked at: a request would hold so many of a source's buffers that it waits.
+    Where every source waits, no answer is hurried: several streams, and several images a request, then do more. One
+    image a request where answers have an age to keep; and where the pictures are looked at, or a request would hold so
+    many of a source's buffers that it waits.
 
     Args:
         config: what to run.
@@ -109,7 +110,7 @@ def engine_request(config: StreamConfig, uris: Sequence[SourceUri], cache_dir: P
     return EngineRequest(
         engine=config.engine,
         precision=config.precision,
-        max_batch=config.max_batch or (1 if seen else None),
+        max_batch=config.max_batch or (1 if seen or config.max_age_ms is not None else None),
         streams=config.streams,
         mode="throughput" if policies == {"every"} else "latency",
         cache_dir=cache_dir,

@@ -16,6 +16,7 @@ from apps.finishing import AUDIT_NAME, FinishOptions, finish
 from engines.tensorrt.audit import report_from_json
 from engines.tensorrt.calibration_cache import cache_from_text
 from engines.tensorrt.plan import identify_plan
+from engines.tensorrt.plan_file import read_plan
 from pipeline.bundle import Bundle
 from pipeline.errors import AccuracyGateError, UnsupportedError
 from pipeline.golden_frames import read_golden
@@ -86,7 +87,9 @@ class TestOnTheHost:
     def test_a_card_that_tensorrt_rtx_compiles_for_gets_a_plan_at_once(self, for_l4: Bundle) -> None:
         manifest, engine = for_l4.manifest, for_l4.manifest.ready_engine()
         assert engine.backend == "tensorrt_rtx"
-        assert identify_plan(for_l4.read_bytes(engine.file)).sms == (89,)
+        plan = read_plan(for_l4.file(engine.file), for_l4.sha256(engine.file))
+        assert identify_plan(plan).sms == (89,)
+        assert for_l4.file(engine.file).stat().st_size < len(plan) / 3, "most of it is source text"
         deployment = manifest.deployment
         assert deployment is not None
         assert deployment.chosen == "int8"

@@ -92,6 +92,13 @@ def test_pictures_that_are_looked_at_are_not_held_for_a_batch(
     assert (recorded.frames_inferred, recorded.mean_batch) == (12, 1)
 
 
+def test_an_age_that_answers_must_keep_is_not_spent_on_a_batch(
+    bundle: Path, folder: Path, open_feed: Any
+) -> None:
+    summary = stream(bundle, folder, open_feed, headless=True, max_age_ms=60_000)
+    assert (summary.frames_inferred, summary.mean_batch) == (12, 1)
+
+
 def test_a_camera_is_answered_frame_by_frame(bundle: Path, folder: Path, open_feed: Any) -> None:
     cameras = tuple(
         SourceConfig(f"synthetic:{seed}:40", policy=policy) for seed, policy in ((1, "newest"), (2, "every"))
