@@ -216,6 +216,9 @@ static void weave(const struct plane *plane, int row, const struct strip *strip,
     for (int x = 0;; x += LANES) {
         // The last vector overlaps the one before it, so that nothing behind a row is read.
         if (x > strip->width - LANES) x = strip->width - LANES;
+        if (x % LINE == 0)
+            for (int r = 0; r < TAPS_A_GROUP; ++r)
+                fetch(rows[r], ROWS_AHEAD * plane->stride + x);
         __m128i parts[TAPS_A_GROUP];
         for (int r = 0; r < TAPS_A_GROUP; ++r) parts[r] = _mm_loadu_si128((const __m128i *)(rows[r] + x));
         const __m128i low_a = _mm_unpacklo_epi8(parts[0], parts[1]), high_a = _mm_unpackhi_epi8(parts[0], parts[1]);

@@ -108,7 +108,7 @@ static int8_t *spread_bytes(const struct taps *taps) {
 // As `filter_colour_rows` does it for `ROWS` rows.
 FOR_VNNI
 static void filter_four_rows_vnni(
-    const uint8_t *const *rows, int step, const struct taps *taps, const int8_t *weights, int reverse,
+    const uint8_t *const *rows, int64_t stride, int step, const struct taps *taps, const int8_t *weights, int reverse,
     uint8_t *const *out) {
     const int n_vectors = (taps->width + TAPS_A_VECTOR - 1) / TAPS_A_VECTOR;
     uint8_t places[64];  // where the bytes of a vector of pixels go
@@ -117,8 +117,14 @@ static void filter_four_rows_vnni(
         places[i] = (uint8_t)(channel == 3 ? 0 : pixel * step + (reverse ? 2 - channel : channel));
     }
     const __m512i order = _mm512_loadu_si512(places);
+    int64_t asked = 0;
     for (int x = 0; x < taps->length; ++x, weights += n_vectors * BYTES_A_WEIGHT * 64) {
         const int64_t start = (int64_t)taps->first[x] * step;
+        if (start >= asked) {
+            for (int r = 0; r < ROWS; ++r)
+                fetch(rows[r], ROWS_AHEAD * stride + start);
+            asked = start + LINE;
+        }
         __m512i sums[ROWS][BYTES_A_WEIGHT];
         for (int r = 0; r < ROWS; ++r)
             for (int b = 0; b < BYTES_A_WEIGHT; ++b) sums[r][b] = _mm512_setzero_si512();
@@ -224,7 +230,7 @@ static int columns_first(
             }
 #ifdef WITH_VNNI
             if (byte_weights)
-                filter_four_rows_vnni(rows, step, across, byte_weights, reverse, targets);
+                filter_four_rows_vnni(rows, stride, step, across, byte_weights, reverse, targets);
             else
 #endif
                 filter_four_rows(rows, step, 0, across, weights, reverse, targets);

@@ -38,6 +38,7 @@ _LOG_LINES = 20
 _LOG_LINE_BYTES = 300
 _LOG_READ_BYTES = 1 << 16
 _CLOSE_GRACE_S = 1.0
+_RECEIVING = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
 
 
 class CaptureProcess:
@@ -147,7 +148,7 @@ class CaptureProcess:
             datagram, ancillary, _, _ = connection.recvmsg(
                 MAX_MESSAGE_BYTES,
                 socket.CMSG_SPACE(fds.itemsize),
-                socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC,
+                _RECEIVING,
             )
         except BlockingIOError:
             return None, fds
