@@ -109,10 +109,11 @@ def cells(api: TensorRtApi, name: str, images: str, sms: tuple[int, ...]) -> Ite
                     "file_bytes": sizes[0],
                     "plan_bytes": sizes[1],
                 }
-                shares = [size / of for size, of in zip(sizes, fp32_bytes.get(sm, ()), strict=False)]
-                row |= dict(
-                    zip(("of_fp32_file", "of_fp32_plan"), (round(s, 4) for s in shares), strict=False)
-                )
+                if sm in fp32_bytes:
+                    file_share, plan_share = (
+                        round(size / of, 4) for size, of in zip(sizes, fp32_bytes[sm], strict=True)
+                    )
+                    row |= {"of_fp32_file": file_share, "of_fp32_plan": plan_share}
                 yield {**row, "warnings": list(built.warnings)}
 
 

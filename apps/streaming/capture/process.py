@@ -38,7 +38,9 @@ _LOG_LINES = 20
 _LOG_LINE_BYTES = 300
 _LOG_READ_BYTES = 1 << 16
 _CLOSE_GRACE_S = 1.0
-_RECEIVING = int(socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC)
+_RECEIVING = int(
+    socket.MSG_DONTWAIT | socket.MSG_CMSG_CLOEXEC
+)  # `|` of two flags is Python code, run for every frame
 
 
 class CaptureProcess:
