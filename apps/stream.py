@@ -133,7 +133,7 @@ def stream_command(
     batch: Annotated[
         int | None,
         typer.Option(
-            help="Images a request at most, gathered across the sources. If not given 1, or 4 on a CPU where every "
+            help="Images a request at most, gathered across the sources. If not given 1, or 4 to 8 on a CPU where every "
             "source is of policy every and nobody looks at the pictures (headless, no page, no recording) or gave --max-age.",
             show_default=False,
         ),

@@ -19,7 +19,7 @@ import numpy as np
 from engines.fingerprint import cpu_identity
 from engines.measure import run_alternating
 
-__all__ = ["Interval", "machine_stamp", "paired_ratio", "run_rounds", "write_results"]
+__all__ = ["Interval", "machine_stamp", "paired_ratio", "run_rounds", "warn_of_load", "write_results"]
 
 RESULTS = Path(__file__).parent / "results"
 QUIET_LOAD = 0.3
@@ -83,10 +83,7 @@ def machine_stamp(peer_python: Path | None = None) -> dict[str, Any]:
 
 def run_rounds(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, list[dict[str, Any]]]:
     """`engines.measure.run_alternating` with a line on standard error for each process."""
-    if os.getloadavg()[0] > QUIET_LOAD:
-        print(
-            f"load average {os.getloadavg()[0]:.2f}: the machine is not quiet; provisional", file=sys.stderr
-        )
+    warn_of_load()
     started = time.monotonic()
 
     def report(name: str, index: int) -> None:
@@ -94,6 +91,14 @@ def run_rounds(commands: Mapping[str, Sequence[str]], rounds: int) -> dict[str, 
         print(f"[{elapsed_s:6.1f} s] round {index + 1}/{rounds}: {name}", file=sys.stderr, flush=True)
 
     return run_alternating(commands, rounds, report)
+
+
+def warn_of_load() -> None:
+    """Says on standard error that somebody else works here."""
+    if os.getloadavg()[0] > QUIET_LOAD:
+        print(
+            f"load average {os.getloadavg()[0]:.2f}: the machine is not quiet; provisional", file=sys.stderr
+        )
 
 
 def write_results(name: str, results: Mapping[str, Any], folder: Path = RESULTS) -> Path:

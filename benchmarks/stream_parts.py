@@ -1,13 +1,10 @@
 """What the stream benchmarks share: the film, the bundles, and workers that each print one JSON object.
 
-A worker is a process of its own, for `harness.run_rounds`. Costs are marginal: each worker goes two lengths,
-or starts to count after a warm-up, and divides the difference, so that start-up is left out of both sides of
-every comparison.
+A worker is a process of its own, for `harness.run_rounds`. What it counts, it counts after a warm-up, so that start-up is
+left out of both sides of every comparison.
 
-    python benchmarks/stream_parts.py stream BUNDLE SHORT LONG [-- OPTIONS OF EDGEFOLD STREAM]
     python benchmarks/stream_parts.py once BUNDLE [-- OPTIONS OF EDGEFOLD STREAM]
     python benchmarks/stream_parts.py many BUNDLE SOURCES SECONDS [--batch N]
-    python benchmarks/stream_parts.py decode FILM FRAMES [--reader opencv|stream]
     python benchmarks/stream_parts.py engine BUNDLE FRAMES [--batch N] [--mode M] [--precision P]
 """
 
@@ -15,25 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EDGEFOLD", "FILM_SECONDS", "bundle", "film", "marginal", "worker"]
+__all__ = ["CALIBRATION", "EDGEFOLD", "FILM_SECONDS", "bundle", "film", "worker"]
 
 EDGEFOLD = (sys.executable, "-c", "from apps.cli import main; main()")
 CALIBRATION = "synthetic:0:64"
 FILM_SECONDS = 15
 _FILM_SOURCE = "testsrc2=size=1920x1080:rate=30,noise=all_seed=1:alls=6:allf=t"
 _FILM_ENCODER = ("-c:v", "libx264", "-preset", "medium", "-crf", "23", "-pix_fmt", "yuv420p")
-_WARM_FRAMES = 30
 
 
 def film(folder: Path, given: Path | None) -> dict[str, Any]:
@@ -78,57 +72,19 @@ def worker(*words: object) -> list[str]:
     return [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
 
 
-def marginal(short: dict[str, Any], long: dict[str, Any]) -> dict[str, float]:
-    """CPU and wall milliseconds a frame, of what a longer run did more than a shorter one."""
-    n_frames = long["frames"] - short["frames"]
-    return {
-        "cpu_ms": 1e3 * (long["cpu_s"] - short["cpu_s"]) / n_frames,
-        "wall_ms": 1e3 * (long["seconds"] - short["seconds"]) / n_frames,
-    }
-
-
-def run_stream(bundle_path: Path, options: list[str]) -> dict[str, Any]:
-    """One run of the command: its summary, and the CPU seconds of it and of its capture processes."""
-    command = [*EDGEFOLD, "stream", str(bundle_path), "--headless", "--json", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    # With the children that it waited for: every capture process.
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    summary = json.loads(output)
-    return {
-        "cpu_s": usage.ru_utime + usage.ru_stime,
-        "frames": summary["frames_inferred"],
-        "seconds": summary["seconds"],
-        "summary": summary,
-    }
-
-
-def stream_worker(given: argparse.Namespace) -> dict[str, Any]:
-    """`edgefold stream` over two lengths."""
-    short, long = (
-        run_stream(given.bundle, [*given.options, "--max-frames", str(length)])
-        for length in (given.short, given.long)
-    )
-    latency = long["summary"]["latency"]
-    return {
-        **marginal(short, long),
-        "age": latency["age"],
-        "infer": latency["infer"],
-        "mean_batch": long["summary"]["mean_batch"],
-    }
-
-
 def once_worker(given: argparse.Namespace) -> dict[str, Any]:
     """`edgefold stream` once, as its summary has it."""
-    summary = run_stream(given.bundle, given.options)["summary"]
+    command = [*EDGEFOLD, "stream", str(given.bundle), "--headless", "--json", *given.options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}")
+    summary = json.loads(done.stdout)
     latency = summary["latency"]
     return {
         "age": latency["age"],
         "infer": latency["infer"],
         "fps": summary["fps"],
+        "mean_batch": summary["mean_batch"],
         "frames_read": summary["frames_read"],
         "frames_inferred": summary["frames_inferred"],
         "dropped": summary["dropped"],
@@ -183,41 +139,6 @@ def many_worker(given: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def decode_worker(given: argparse.Namespace) -> dict[str, Any]:
-    """Reading the film into one array: with OpenCV, as anybody does, or with what `edgefold stream` reads it with here."""
-    read, decoder = (_opencv_reader if given.reader == "opencv" else _stream_reader)(given.film)
-    for _ in range(_WARM_FRAMES):
-        read()
-    began_cpu_s, began_s = time.process_time(), time.monotonic()
-    for index in range(given.frames):
-        if not read():
-            raise SystemExit(f"{given.film} has only {_WARM_FRAMES + index} frames")
-    return {
-        "cpu_ms": 1e3 * (time.process_time() - began_cpu_s) / given.frames,
-        "wall_ms": 1e3 * (time.monotonic() - began_s) / given.frames,
-        "decoder": decoder,
-    }
-
-
-def _opencv_reader(film_path: Path) -> tuple[Callable[[], bool], str]:
-    import cv2
-
-    capture = cv2.VideoCapture(str(film_path), cv2.CAP_FFMPEG)
-    _, frame = capture.read()
-    return lambda: bool(capture.read(frame)[0]), "OpenCV"
-
-
-def _stream_reader(film_path: Path) -> tuple[Callable[[], bool], str]:
-    from apps.streaming.sources import ModelClasses, open_source, parse_source
-
-    source = open_source(parse_source(str(film_path)), ModelClasses(("0",), 1))
-    first = source.read()
-    if first is None:
-        raise SystemExit(f"{film_path} has no frames")
-    decoder = "OpenCV" if first.yuv is None else "PyAV, planes"
-    return lambda: source.read(first.pixels) is not None, decoder
-
-
 def engine_worker(given: argparse.Namespace) -> dict[str, float]:
     """The engine alone, as the stream loads it: a request waits on every stream at any time."""
     import numpy as np
@@ -269,12 +190,6 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     workers = parser.add_subparsers(required=True)
-    stream = workers.add_parser("stream")
-    stream.set_defaults(run=stream_worker)
-    stream.add_argument("bundle", type=Path)
-    stream.add_argument("short", type=int)
-    stream.add_argument("long", type=int)
-    stream.add_argument("options", nargs="*", help="behind --")
     once = workers.add_parser("once")
     once.set_defaults(run=once_worker)
     once.add_argument("bundle", type=Path)
@@ -285,11 +200,6 @@ def main() -> None:
     many.add_argument("sources", type=int)
     many.add_argument("seconds", type=float)
     many.add_argument("--batch", type=int, default=1)
-    decode = workers.add_parser("decode")
-    decode.set_defaults(run=decode_worker)
-    decode.add_argument("film", type=Path)
-    decode.add_argument("frames", type=int)
-    decode.add_argument("--reader", choices=["opencv", "stream"], default="opencv")
     engine = workers.add_parser("engine")
     engine.set_defaults(run=engine_worker)
     engine.add_argument("bundle", type=Path)

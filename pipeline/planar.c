@@ -17,10 +17,12 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
+// The same taps in groups for byte products, too: see `sum_groups`. `across_groups` count columns from the first that is
+// used.
 struct plane {
     const uint8_t *pixels;
     int64_t stride;
-    const struct taps *across, *down;
+    const struct taps *across, *down, *across_groups, *down_groups;
 };
 
 // R = y Y + vr V, G = y Y + ug U + vg V, B = y Y + ub U, times 2^20; black is `black`, no colour is 128.
@@ -29,11 +31,10 @@ struct colours {
 };
 
 // The columns of a plane that are used, [begin, begin + width), at least sixteen; its last row that is; and room for
-// sixteen filtered rows, as rows that lie `stride` apart and turned. With byte products, the taps in groups too.
+// sixteen filtered rows, as rows that lie `stride` apart, a multiple of a line of memory, and turned.
 struct strip {
     int begin, width, stride, last_row;
     uint8_t *rows, *turned;
-    struct groups *across, *down;
 };
 
 INLINE int32_t clamp(int32_t value) { return value < 0 ? 0 : value > 255 ? 255 : value; }
@@ -130,71 +131,36 @@ static void make_rows(
 
 #ifdef WITH_VNNI
 #define TAPS_A_GROUP 4
+#define BLOCK 64  // columns
 
-// Taps of one position in groups of four that begin at multiples of four from `origin`, each with three words of four
-// bytes of weights; 0 where there is no tap.
-struct groups {
-    int32_t *first, *count, *weights;
-    int width;
-};
-
-static void free_groups(struct groups *groups) {
-    if (!groups) return;
-    free(groups->first);
-    free(groups->count);
-    free(groups->weights);
-    free(groups);
-}
-
-static struct groups *group(const struct taps *taps, int origin) {
-    struct groups *made = calloc(1, sizeof *made);
-    if (!made) return made;
-    made->width = taps->width / TAPS_A_GROUP + 2;
-    made->first = calloc((size_t)taps->length, sizeof *made->first);
-    made->count = calloc((size_t)taps->length, sizeof *made->count);
-    made->weights = calloc((size_t)taps->length * made->width * BYTES_A_WEIGHT, sizeof *made->weights);
-    if (!made->first || !made->count || !made->weights) {
-        free_groups(made);
-        return NULL;
-    }
-    for (int i = 0; i < taps->length; ++i) {
-        if (taps->count[i] == 0) continue;
-        const int start = taps->first[i] - origin;
-        made->first[i] = start / TAPS_A_GROUP;
-        made->count[i] = (start + taps->count[i] - 1) / TAPS_A_GROUP - made->first[i] + 1;
-        for (int t = 0; t < taps->count[i]; ++t) {
-            const int place = start + t - made->first[i] * TAPS_A_GROUP;
-            int32_t *words = made->weights +
-                             ((int64_t)i * made->width + place / TAPS_A_GROUP) * BYTES_A_WEIGHT;
-            int32_t rest = taps->weights[(int64_t)i * taps->width + t];
-            for (int b = 0; b < BYTES_A_WEIGHT; ++b) {
-                const int8_t low = (int8_t)(uint8_t)rest;
-                memcpy((int8_t *)&words[b] + place % TAPS_A_GROUP, &low, 1);
-                rest = (rest - low) >> 8;
-            }
-        }
-    }
-    return made;
-}
-
-// Sixteen sums over groups of four bytes that lie `step` vectors apart, as values of bytes.
+// Sums of products to bytes, in the order of the vector.
 FOR_VNNI
-INLINE __m512i sum_groups(const uint8_t *bytes, int64_t step, const int32_t *words, int n_groups) {
-    __m512i sums[BYTES_A_WEIGHT];
-    for (int b = 0; b < BYTES_A_WEIGHT; ++b) sums[b] = _mm512_setzero_si512();
-    for (int g = 0; g < n_groups; ++g, bytes += step, words += BYTES_A_WEIGHT) {
-        const __m512i pixels = _mm512_loadu_si512(bytes);
-        for (int b = 0; b < BYTES_A_WEIGHT; ++b)
-            sums[b] = _mm512_dpbusd_epi32(sums[b], pixels, _mm512_set1_epi32(words[b]));
-    }
+INLINE __m128i to_bytes(const __m512i sums[BYTES_A_WEIGHT]) {
     const __m512i upper = _mm512_add_epi32(_mm512_slli_epi32(sums[2], 8), sums[1]);
     const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), sums[0]);
     const __m512i value = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(HALF)), FRACTION_BITS);
-    return _mm512_min_epi32(_mm512_max_epi32(value, _mm512_setzero_si512()), _mm512_set1_epi32(255));
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(value, _mm512_setzero_si512()));
+}
+
+// Sixteen sums each of `n` vectors that lie side by side, over groups of four bytes that lie `step` apart. Groups begin
+// at multiples of four; each has three words of four bytes of weights, 0 where there is no tap.
+FOR_VNNI
+INLINE void sum_groups(
+    const uint8_t *bytes, int64_t step, const int32_t *words, int n_groups, int n, __m128i *values) {
+    __m512i sums[BLOCK / LANES][BYTES_A_WEIGHT];
+    for (int v = 0; v < n; ++v)
+        for (int b = 0; b < BYTES_A_WEIGHT; ++b) sums[v][b] = _mm512_setzero_si512();
+    for (int g = 0; g < n_groups; ++g, bytes += step, words += BYTES_A_WEIGHT)
+        for (int v = 0; v < n; ++v) {
+            const __m512i pixels = _mm512_loadu_si512(bytes + v * TAPS_A_GROUP * LANES);
+            for (int b = 0; b < BYTES_A_WEIGHT; ++b)
+                sums[v][b] = _mm512_dpbusd_epi32(sums[v][b], pixels, _mm512_set1_epi32(words[b]));
+        }
+    for (int v = 0; v < n; ++v) values[v] = to_bytes(sums[v]);
 }
 
 // The groups of source rows that sixteen output rows from `y` on use: [*begin, *end).
-static void span(const struct groups *down, int y, int n_rows, int *begin, int *end) {
+static void span(const struct taps *down, int y, int n_rows, int *begin, int *end) {
     *begin = INT32_MAX;
     *end = 0;
     for (int r = y; r < y + n_rows; ++r) {
@@ -205,6 +171,17 @@ static void span(const struct groups *down, int y, int n_rows, int *begin, int *
     if (*end == 0) *begin = 0;
 }
 
+// Four vectors of four quarters each: what lay below each other then lies side by side.
+FOR_VNNI
+INLINE void transpose_quarters(__m512i *a, __m512i *b, __m512i *c, __m512i *d) {
+    const __m512i even_ab = _mm512_shuffle_i32x4(*a, *b, 0x88), odd_ab = _mm512_shuffle_i32x4(*a, *b, 0xdd);
+    const __m512i even_cd = _mm512_shuffle_i32x4(*c, *d, 0x88), odd_cd = _mm512_shuffle_i32x4(*c, *d, 0xdd);
+    *a = _mm512_shuffle_i32x4(even_ab, even_cd, 0x88);
+    *b = _mm512_shuffle_i32x4(odd_ab, odd_cd, 0x88);
+    *c = _mm512_shuffle_i32x4(even_ab, even_cd, 0xdd);
+    *d = _mm512_shuffle_i32x4(odd_ab, odd_cd, 0xdd);
+}
+
 // Four source rows byte by byte: a word is a column of them. Rows behind the last are the last; their weight is 0.
 FOR_VNNI
 static void weave(const struct plane *plane, int row, const struct strip *strip, uint8_t *woven) {
@@ -213,14 +190,30 @@ static void weave(const struct plane *plane, int row, const struct strip *strip,
         const int inside = row + r < strip->last_row ? row + r : strip->last_row;
         rows[r] = plane->pixels + inside * plane->stride + strip->begin;
     }
-    for (int x = 0;; x += LANES) {
+    int x = 0;
+    for (; x + BLOCK <= strip->width; x += BLOCK) {
+        __m512i parts[TAPS_A_GROUP];
+        for (int r = 0; r < TAPS_A_GROUP; ++r) {
+            fetch(rows[r], ROWS_AHEAD * plane->stride + x);
+            parts[r] = _mm512_loadu_si512(rows[r] + x);
+        }
+        // Within quarters of a vector: of the four words of a quarter each of `words` has those of one column in four.
+        const __m512i low_a = _mm512_unpacklo_epi8(parts[0], parts[1]), high_a = _mm512_unpackhi_epi8(parts[0], parts[1]);
+        const __m512i low_b = _mm512_unpacklo_epi8(parts[2], parts[3]), high_b = _mm512_unpackhi_epi8(parts[2], parts[3]);
+        __m512i words[] = {
+            _mm512_unpacklo_epi16(low_a, low_b), _mm512_unpackhi_epi16(low_a, low_b),
+            _mm512_unpacklo_epi16(high_a, high_b), _mm512_unpackhi_epi16(high_a, high_b)};
+        transpose_quarters(&words[0], &words[1], &words[2], &words[3]);
+        for (int v = 0; v < 4; ++v) _mm512_storeu_si512(woven + TAPS_A_GROUP * (x + LANES * v), words[v]);
+    }
+    while (x < strip->width) {
         // The last vector overlaps the one before it, so that nothing behind a row is read.
         if (x > strip->width - LANES) x = strip->width - LANES;
-        if (x % LINE == 0)
-            for (int r = 0; r < TAPS_A_GROUP; ++r)
-                fetch(rows[r], ROWS_AHEAD * plane->stride + x);
         __m128i parts[TAPS_A_GROUP];
-        for (int r = 0; r < TAPS_A_GROUP; ++r) parts[r] = _mm_loadu_si128((const __m128i *)(rows[r] + x));
+        for (int r = 0; r < TAPS_A_GROUP; ++r) {
+            fetch(rows[r], ROWS_AHEAD * plane->stride + x);
+            parts[r] = _mm_loadu_si128((const __m128i *)(rows[r] + x));
+        }
         const __m128i low_a = _mm_unpacklo_epi8(parts[0], parts[1]), high_a = _mm_unpackhi_epi8(parts[0], parts[1]);
         const __m128i low_b = _mm_unpacklo_epi8(parts[2], parts[3]), high_b = _mm_unpackhi_epi8(parts[2], parts[3]);
         __m128i *place = (__m128i *)(woven + TAPS_A_GROUP * x);
@@ -228,7 +221,31 @@ static void weave(const struct plane *plane, int row, const struct strip *strip,
         _mm_storeu_si128(place + 1, _mm_unpackhi_epi16(low_a, low_b));
         _mm_storeu_si128(place + 2, _mm_unpacklo_epi16(high_a, high_b));
         _mm_storeu_si128(place + 3, _mm_unpackhi_epi16(high_a, high_b));
-        if (x == strip->width - LANES) return;
+        x += LANES;
+    }
+}
+
+// As `turn` does it, but four columns stay together: a vector is four columns of all sixteen rows.
+FOR_VNNI
+static void turn_vnni(const struct strip *strip) {
+    for (int x = 0; x < strip->width; x += BLOCK) {
+        __m512i rows[LANES], pairs[LANES];
+        for (int r = 0; r < LANES; ++r) rows[r] = _mm512_loadu_si512(strip->rows + (int64_t)r * strip->stride + x);
+        for (int r = 0; r < LANES; r += 2) {
+            pairs[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
+            pairs[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
+        }
+        // Of rows r to r + 3, quarter q of the one numbered r + c is word 4 q + c of each.
+        for (int r = 0; r < LANES; r += 4)
+            for (int c = 0; c < 2; ++c) {
+                rows[r + 2 * c] = _mm512_unpacklo_epi64(pairs[r + c], pairs[r + 2 + c]);
+                rows[r + 2 * c + 1] = _mm512_unpackhi_epi64(pairs[r + c], pairs[r + 2 + c]);
+            }
+        for (int c = 0; c < 4; ++c) {
+            transpose_quarters(&rows[c], &rows[4 + c], &rows[8 + c], &rows[12 + c]);
+            for (int q = 0; q < 4; ++q)
+                _mm512_storeu_si512(strip->turned + ((int64_t)x + 16 * q + 4 * c) * LANES, rows[4 * q + c]);
+        }
     }
 }
 
@@ -241,36 +258,34 @@ static void make_rows_vnni(
     const uint32_t outside[LANES] = {0};
     uint32_t inside[LANES];
     mark_inside(planes[0].down, y, n_rows, inside);
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     for (int p = 0; p < 3; ++p) {
         const struct strip *strip = &strips[p];
-        const struct groups *down = strip->down;
+        const struct taps *down = planes[p].down_groups;
         const int64_t step = (int64_t)TAPS_A_GROUP * strip->stride;
         int begin, end;
         span(down, y, n_rows, &begin, &end);
         for (int g = begin; g < end; ++g)
             weave(&planes[p], TAPS_A_GROUP * g, strip, woven + (g - begin) * step);
         for (int r = 0; r < n_rows; ++r) {
-            const int32_t *words = down->weights + (int64_t)(y + r) * down->width * BYTES_A_WEIGHT;
-            const uint8_t *source = woven + (down->count[y + r] > 0) * (down->first[y + r] - begin) * step;
-            for (int x = 0; x < strip->width; x += LANES) {
-                const __m512i values = sum_groups(source + TAPS_A_GROUP * x, step, words, down->count[y + r]);
-                _mm_storeu_si128(
-                    (__m128i *)(strip->rows + (int64_t)r * strip->stride + x), _mm512_cvtepi32_epi8(values));
-            }
+            const int count = down->count[y + r];
+            const int32_t *words = down->weights + (int64_t)(y + r) * down->width;
+            const uint8_t *source = woven + (count > 0) * (down->first[y + r] - begin) * step;
+            uint8_t *row = strip->rows + (int64_t)r * strip->stride;
+            // Whole blocks: what lies behind the width is room, and weighs nothing along.
+            for (int x = 0; x < strip->width; x += BLOCK)
+                sum_groups(source + TAPS_A_GROUP * x, step, words, count, BLOCK / LANES, (__m128i *)(row + x));
         }
-        const __m512i row_starts = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(strip->stride));
-        for (int x = 0; x < strip->width; x += TAPS_A_GROUP)
-            _mm512_storeu_si512(
-                strip->turned + (int64_t)x * LANES, _mm512_i32gather_epi32(row_starts, strip->rows + x, 1));
+        turn_vnni(strip);
     }
     for (int x = 0; x < luma->length; ++x) {
         int32_t values[3][LANES];
         for (int p = 0; p < 3; ++p) {
-            const struct groups *across = strips[p].across;
-            const int32_t *words = across->weights + (int64_t)x * across->width * BYTES_A_WEIGHT;
+            const struct taps *across = planes[p].across_groups;
+            const int32_t *words = across->weights + (int64_t)x * across->width;
             const uint8_t *columns = strips[p].turned + (int64_t)across->first[x] * TAPS_A_GROUP * LANES;
-            _mm512_storeu_si512(values[p], sum_groups(columns, TAPS_A_GROUP * LANES, words, across->count[x]));
+            __m128i bytes;
+            sum_groups(columns, TAPS_A_GROUP * LANES, words, across->count[x], 1, &bytes);
+            _mm512_storeu_si512(values[p], _mm512_cvtepu8_epi32(bytes));
         }
         write_column(
             values, colours, reverse, luma->count[x] ? inside : outside, n_rows, (int64_t)luma->length * 3,
@@ -280,33 +295,21 @@ static void make_rows_vnni(
 #endif
 
 // Makes room for a plane; returns 0 if all went well.
-static int open_strip(struct strip *strip, const struct plane *plane, int in_groups) {
+static int open_strip(struct strip *strip, const struct plane *plane) {
     int end, first_row, end_row;
     extent(plane->across, &strip->begin, &end);
     extent(plane->down, &first_row, &end_row);
     strip->width = end - strip->begin;
-    strip->stride = (strip->width + LANES - 1) / LANES * LANES;
+    strip->stride = (strip->width + LINE - 1) / LINE * LINE;
     strip->last_row = end_row - 1;
     strip->rows = calloc(LANES, (size_t)strip->stride);  // of the last block some are not written
     strip->turned = malloc((size_t)strip->stride * LANES);
-#ifdef WITH_VNNI
-    if (in_groups) {
-        strip->across = group(plane->across, strip->begin);
-        strip->down = group(plane->down, 0);
-        if (!strip->across || !strip->down) return 1;
-    }
-#endif
-    (void)in_groups;
     return !strip->rows || !strip->turned;
 }
 
 static void close_strip(struct strip *strip) {
     free(strip->rows);
     free(strip->turned);
-#ifdef WITH_VNNI
-    free_groups(strip->across);
-    free_groups(strip->down);
-#endif
 }
 
 // Room for what the filter works on: sums of a row, or the woven source rows of sixteen output rows.
@@ -318,7 +321,7 @@ static void *open_room(const struct plane *planes, const struct strip *strips, i
         const int length = planes[p].down->length;
         for (int y = 0; y < length && in_groups; y += LANES) {
             int begin, end;
-            span(strips[p].down, y, length - y < LANES ? length - y : LANES, &begin, &end);
+            span(planes[p].down_groups, y, length - y < LANES ? length - y : LANES, &begin, &end);
             const size_t woven = (size_t)(end - begin) * TAPS_A_GROUP * strips[p].stride;
             if (woven > n_bytes) n_bytes = woven;
         }
@@ -339,7 +342,7 @@ int edgefold_resample_planes(
 #ifdef WITH_VNNI
     in_groups = has_vnni();
 #endif
-    for (int p = 0; p < 3; ++p) failed |= open_strip(&strips[p], &planes[p], in_groups);
+    for (int p = 0; p < 3; ++p) failed |= open_strip(&strips[p], &planes[p]);
     void *room = failed ? NULL : open_room(planes, strips, in_groups);
     failed |= !room;
     for (int y = 0; y < planes[0].down->length && !failed; y += LANES) {

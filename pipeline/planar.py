@@ -27,6 +27,8 @@ __all__ = ["PlanarResampler"]
 
 _MIN_COLUMNS = 16
 """What the kernel reads at a time."""
+_TAPS_A_GROUP = 4
+_BYTES_A_WEIGHT = 3
 
 
 class _Plane(ctypes.Structure):
@@ -37,6 +39,8 @@ class _Plane(ctypes.Structure):
         ("stride", ctypes.c_int64),
         ("across", ctypes.c_void_p),
         ("down", ctypes.c_void_p),
+        ("across_groups", ctypes.c_void_p),
+        ("down_groups", ctypes.c_void_p),
     )
 
 
@@ -61,7 +65,7 @@ class PlanarResampler:
     ) -> None:
         assert spec.interpolation != "nearest"
         left_by = 0.25 if coding.chroma == "left" else 0.0
-        axes: list[tuple[CTaps, CTaps]] = []
+        axes: list[tuple[CTaps, ...]] = []
         self.fits = True
         """Whether the kernel takes images of this size."""
         for part in (1, 2):
@@ -75,12 +79,14 @@ class PlanarResampler:
                 )
             )
             self.fits = self.fits and _columns(across) >= _MIN_COLUMNS
-            axes.append((CTaps(across), CTaps(down)))
+            axes.append(
+                tuple(map(CTaps, (across, down, _grouped(across, _begin(across)), _grouped(down, 0))))
+            )
         self._axes = axes
         self._hw = hw
         self._out_shape = (*spec.input_hw, 3)
         self._factors = (ctypes.c_int32 * 6)(*color_factors(coding))
-        self._pointers = [(ctypes.addressof(across), ctypes.addressof(down)) for across, down in axes]
+        self._pointers = [tuple(map(ctypes.addressof, tables)) for tables in axes]
 
     def resample(
         self, image: NDArray[np.uint8], color: Literal["RGB", "BGR"], out: NDArray[np.uint8]
@@ -118,9 +124,40 @@ class PlanarResampler:
             raise MemoryError(f"no memory to resize an image of {width}×{height}")
 
 
-def _columns(across: Taps) -> int:
-    """How many columns of the source any position uses."""
+def _begin(across: Taps) -> int:
+    """The first column of the source that any position uses."""
     used = across.counts > 0
-    if not used.any():
-        return 0
-    return int((across.first + across.counts)[used].max()) - int(across.first[used].min())
+    return int(across.first[used].min()) if used.any() else 0
+
+
+def _columns(across: Taps) -> int:
+    """How many columns of the source, from `_begin` on, lie up to the last that any position uses."""
+    used = across.counts > 0
+    return int((across.first + across.counts)[used].max()) - _begin(across) if used.any() else 0
+
+
+def _grouped(taps: Taps, origin: int) -> Taps:
+    """Taps for byte products, four at a time.
+
+    Groups begin at multiples of four from `origin`. A weight is w0 + 2^8 w1 + 2^16 w2 with signed bytes, and a group has
+    three words of four bytes: the w0 of its taps, their w1, their w2; 0 where there is no tap.
+
+    Returns:
+        The first group of each position, how many follow, and (positions, 3 · groups) words.
+    """
+    used, start = taps.counts > 0, np.where(taps.counts > 0, taps.first - origin, 0)
+    n_positions, n_taps = taps.weights.shape
+    table = np.zeros((n_positions, n_taps // _TAPS_A_GROUP + 2, _BYTES_A_WEIGHT, _TAPS_A_GROUP), np.int8)
+    place = start[:, np.newaxis] % _TAPS_A_GROUP + np.arange(n_taps)
+    rest = taps.weights
+    for index in range(_BYTES_A_WEIGHT):
+        low = rest.astype(np.int8)
+        table[np.arange(n_positions)[:, np.newaxis], place // _TAPS_A_GROUP, index, place % _TAPS_A_GROUP] = (
+            low
+        )
+        rest = (rest - low) >> 8
+    first = start // _TAPS_A_GROUP
+    counts = np.where(used, (start + taps.counts - 1) // _TAPS_A_GROUP - first + 1, 0)
+    return Taps(
+        first.astype(np.int32), counts.astype(np.int32), table.view(np.int32).reshape(n_positions, -1)
+    )

@@ -10,6 +10,7 @@
 #define HALF (1 << 21)
 #define FRACTION_BITS 22
 #define LANES 16
+#define LINE 64
 
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define FOR_EVERY_CPU __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -25,7 +26,6 @@
 #include <immintrin.h>
 #define FOR_VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,avx512vnni")))
 #define BYTES_A_WEIGHT 3
-#define LINE 64
 
 // Rows that lie so far ahead are asked for while others are filtered. A picture was written by another core or by a
 // device, and what a processor fetches by itself ends with a row or a page: a fifth to a third of the time was waiting.

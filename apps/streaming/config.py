@@ -157,10 +157,11 @@ class StreamConfig:
     Attributes:
         max_age_ms: the latency budget; frames that would be answered later are dropped and counted. By
             default there is none where every source is of policy ``every``, else 1000.
-        max_batch: images a request; more than 1 needs an engine with a dynamic batch. By default 1, or 4 on a CPU
+        max_batch: images a request; more than 1 needs an engine with a dynamic batch. By default 1, or 4 to 8 on a CPU
             where every source is of policy ``every`` and neither are pictures looked at nor is there a
             latency budget.
-        batch_wait_ms: how long the first frame of a batch waits for others.
+        batch_wait_ms: how long the first frame of a batch waits for others. By default 5, or 100 where
+            batches are the default and no source is live.
         streams: requests that the engine works on at the same time; by default the engine's choice.
         predictions: JSON-lines file of every prediction.
     """
@@ -173,7 +174,7 @@ class StreamConfig:
     precision: StreamPrecision | None = None
     max_age_ms: float | None = None
     max_batch: int | None = None
-    batch_wait_ms: float = 5.0
+    batch_wait_ms: float | None = None
     streams: int | None = None
     headless: bool = False
     predictions: Path | None = None

@@ -62,12 +62,13 @@ def _problems(config: StreamConfig) -> Iterator[Problem]:
         max_seconds=config.max_seconds,
         max_frames=config.max_frames,
     )
-    if not 0 <= config.batch_wait_ms <= 1000:
-        yield ("batch_wait_ms",), f"{config.batch_wait_ms:g} ms is out of range; give 0 to 1000"
-    if config.max_age_ms is not None and config.batch_wait_ms >= config.max_age_ms:
+    wait_ms = config.batch_wait_ms
+    if wait_ms is not None and not 0 <= wait_ms <= 1000:
+        yield ("batch_wait_ms",), f"{wait_ms:g} ms is out of range; give 0 to 1000"
+    if wait_ms is not None and config.max_age_ms is not None and wait_ms >= config.max_age_ms:
         yield (
             ("batch_wait_ms",),
-            f"{config.batch_wait_ms:g} ms of waiting leaves nothing of max_age_ms = {config.max_age_ms:g}; give less",
+            f"{wait_ms:g} ms of waiting leaves nothing of max_age_ms = {config.max_age_ms:g}; give less",
         )
     for index, source in enumerate(config.sources):
         yield from _source_problems(("sources", index), source)

@@ -6,6 +6,7 @@ The same at start and at a reload, so that a bundle which is refused at one is r
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import time
@@ -26,9 +27,9 @@ from pipeline.contracts import Runner
 from pipeline.errors import EngineError, IntegrityError, UsageError
 
 __all__ = [
-    "THROUGHPUT_BATCH",
     "EngineRequest",
     "LoadedEngine",
+    "batch_wait_ms",
     "check_golden",
     "engine_request",
     "load_engine",
@@ -38,11 +39,18 @@ __all__ = [
 _FOLDED_NAME = "model.onnx"
 _CPU_ENGINE = "openvino"
 _DIGEST_DIGITS = 12
-THROUGHPUT_BATCH = 4
+_THROUGHPUT_BATCH = 4
 """Images a request for whoever waits for all answers: weights are fetched, threads are woken and Python is run once for
-the four. Of a film's frame it saves 2 to 8% of the time (docs/decisions/0015); eight save little more."""
+the four (docs/decisions/0015)."""
 _LONGEST_REQUEST_S = 0.5
 """With a slower engine four images are so long under way that the app could not end within five seconds of SIGTERM."""
+_QUICK_BATCH = 8
+_QUICK_REQUEST_S = 0.05
+"""Four images in so little, and what a request costs beside the engine is worth sharing among eight."""
+_BATCH_WAIT_MS = 5.0
+_UNHURRIED_BATCH_WAIT_MS = 100.0
+"""Within it any film that is worth a batch fills one. A request of fewer images is not only shared by fewer: engines
+prepare for every change of its size."""
 _PLAN_STREAMS = 2
 """So that one request's copies and kernel overlap another one's engine."""
 
@@ -105,16 +113,45 @@ def engine_request(config: StreamConfig, uris: Sequence[SourceUri], cache_dir: P
         uris: of its sources, in their order.
         cache_dir: where the engine keeps what it compiled; ``None``: nowhere.
     """
-    policies = {source.policy_for(uri.live) for source, uri in zip(config.sources, uris, strict=True)}
-    seen = not config.headless or config.serve is not None or any(source.record for source in config.sources)
+    throughput = _all_wait(config, uris)
     return EngineRequest(
         engine=config.engine,
         precision=config.precision,
-        max_batch=config.max_batch or (1 if seen or config.max_age_ms is not None else None),
+        max_batch=config.max_batch or (None if throughput and _is_unseen(config) else 1),
         streams=config.streams,
-        mode="throughput" if policies == {"every"} else "latency",
+        mode="throughput" if throughput else "latency",
         cache_dir=cache_dir,
     )
+
+
+def batch_wait_ms(config: StreamConfig, uris: Sequence[SourceUri]) -> float:
+    """How long the first frame of a batch waits for others.
+
+    Unless `config` says it, briefly, and at most half the age that answers may have; until the batch is full, as good
+    as always, where nobody waits for the single answer, nor for a camera's next frame.
+
+    Args:
+        config: what to run.
+        uris: of its sources, in their order.
+    """
+    if config.batch_wait_ms is not None:
+        return config.batch_wait_ms
+    if _all_wait(config, uris) and _is_unseen(config) and not any(uri.live for uri in uris):
+        return _UNHURRIED_BATCH_WAIT_MS
+    return _BATCH_WAIT_MS if config.max_age_ms is None else min(_BATCH_WAIT_MS, config.max_age_ms / 2)
+
+
+def _all_wait(config: StreamConfig, uris: Sequence[SourceUri]) -> bool:
+    """Whether every source waits for the engine."""
+    return all(
+        source.policy_for(uri.live) == "every" for source, uri in zip(config.sources, uris, strict=True)
+    )
+
+
+def _is_unseen(config: StreamConfig) -> bool:
+    """Whether no answer is looked at as it comes, nor has an age to keep."""
+    recorded = any(source.record for source in config.sources)
+    return config.headless and config.serve is None and not recorded and config.max_age_ms is None
 
 
 def load_engine(bundle: Bundle | Path | str, request: EngineRequest) -> LoadedEngine:
@@ -137,10 +174,13 @@ def load_engine(bundle: Bundle | Path | str, request: EngineRequest) -> LoadedEn
     if request.mode == "throughput" and engine not in PLAN_ENGINES:
         # Nobody asked for it: a graph of a fixed batch, or one that cannot keep images apart, has one image.
         with contextlib.suppress(UsageError, EngineError):
-            loaded = try_batch(THROUGHPUT_BATCH)
+            loaded = try_batch(_THROUGHPUT_BATCH)
             began_s = time.monotonic()
-            _run(loaded, THROUGHPUT_BATCH)
-            if time.monotonic() - began_s <= _LONGEST_REQUEST_S:
+            _run(loaded, _THROUGHPUT_BATCH)
+            took_s = time.monotonic() - began_s
+            if took_s <= _QUICK_REQUEST_S:
+                return _widened(loaded, _QUICK_BATCH)
+            if took_s <= _LONGEST_REQUEST_S:
                 return loaded
             loaded.runner.close()
     return try_batch(1)
@@ -159,6 +199,21 @@ def _load_with_batch(
         runner.close()
         raise
     return loaded
+
+
+def _widened(engine: LoadedEngine, max_batch: int) -> LoadedEngine:
+    """The same engine with room for more images a request."""
+    manifest = engine.bundle.manifest
+    feeder = make_feeder(
+        engine.runner, engine.engine, manifest.preprocess, manifest.input_color, max_batch=max_batch
+    )
+    wider = dataclasses.replace(engine, feeder=feeder, max_batch=max_batch)
+    try:
+        _run(wider, max_batch)
+    except BaseException:
+        engine.runner.close()
+        raise
+    return wider
 
 
 def check_golden(engine: LoadedEngine) -> str:

@@ -15,7 +15,7 @@ from apps.streaming.config_check import check_options
 from apps.streaming.contracts import EngineView, EventOutput, Feed, SourceView, StreamView
 from apps.streaming.display import ShownSource, StreamDisplay
 from apps.streaming.engine_slot import EngineSlot
-from apps.streaming.loading import LoadedEngine, check_golden, engine_request, load_engine
+from apps.streaming.loading import LoadedEngine, batch_wait_ms, check_golden, engine_request, load_engine
 from apps.streaming.metrics import StreamMetrics
 from apps.streaming.outputs import SourceOutput, open_event_outputs
 from apps.streaming.reload import Reloader
@@ -150,7 +150,9 @@ class StreamSession:
             self._runtime = StreamRuntime(
                 self._sources,
                 self._slot,
-                RuntimeLimits(self._max_age_ms, config.batch_wait_ms, config.max_frames, config.max_seconds),
+                RuntimeLimits(
+                    self._max_age_ms, batch_wait_ms(config, uris), config.max_frames, config.max_seconds
+                ),
                 keep_images=any(output.needs_images for output in outputs),
             )
             stack.enter_context(self._display)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from apps.streaming import loading, session
-from apps.streaming.config import RecordConfig, SourceConfig, StreamConfig
-from apps.streaming.loading import EngineRequest, load_engine
+from apps.streaming.config import RecordConfig, ServeConfig, SourceConfig, StreamConfig
+from apps.streaming.loading import EngineRequest, batch_wait_ms, load_engine
 from apps.streaming.session import StreamSummary
+from apps.streaming.sources import parse_source
 
 FIXED = """
 <ir_version: 10, opset_import: ["" : 18]>
@@ -47,9 +48,16 @@ def batch_of() -> Callable[[Path, EngineRequest], int]:
 def test_who_waits_for_all_answers_has_them_by_the_batch(
     bundle: Path, batch_of: Callable[..., int], engine: str
 ) -> None:
-    assert batch_of(bundle, EngineRequest(engine, mode="throughput")) == 4
+    assert batch_of(bundle, EngineRequest(engine, mode="throughput")) == 8
     assert batch_of(bundle, EngineRequest(engine, mode="throughput", max_batch=2)) == 2
     assert batch_of(bundle, EngineRequest(engine, mode="latency")) == 1
+
+
+def test_an_engine_that_takes_its_time_has_half_as_many(
+    bundle: Path, batch_of: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_QUICK_REQUEST_S", 0.0)
+    assert batch_of(bundle, EngineRequest(mode="throughput")) == 4
 
 
 @pytest.mark.parametrize("graph", [FIXED, MIXING])
@@ -64,6 +72,7 @@ def test_a_slow_engine_answers_one_by_one(
     bundle: Path, batch_of: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Or what is under way would outlast the seconds in which SIGTERM ends the app."""
+    monkeypatch.setattr(loading, "_QUICK_REQUEST_S", 0.0)
     monkeypatch.setattr(loading, "_LONGEST_REQUEST_S", 0.0)
     assert batch_of(bundle, EngineRequest(mode="throughput")) == 1
     assert batch_of(bundle, EngineRequest(mode="throughput", max_batch=4)) == 4
@@ -73,16 +82,41 @@ def stream(
     bundle: Path, folder: Path, open_feed: Any, record: Path | None = None, **options: Any
 ) -> StreamSummary:
     kept = None if record is None else RecordConfig(record)
-    config = StreamConfig(bundle, (SourceConfig(str(folder), record=kept),), batch_wait_ms=500, **options)
+    config = StreamConfig(bundle, (SourceConfig(str(folder), record=kept),), **options)
     return session.run_stream(config, open_feed=open_feed)
 
 
 def test_a_folder_is_answered_by_the_batch_and_as_well(bundle: Path, folder: Path, open_feed: Any) -> None:
-    together = stream(bundle, folder, open_feed, headless=True)
+    together = stream(bundle, folder, open_feed, headless=True, batch_wait_ms=500)
     alone = stream(bundle, folder, open_feed, headless=True, max_batch=1)
     assert together.frames_inferred == alone.frames_inferred == 12
     assert together.correct == alone.correct == 11
-    assert (together.mean_batch, alone.mean_batch) == (4, 1)
+    assert (together.mean_batch, alone.mean_batch) == (6, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "wait_ms"),
+    [
+        ({}, 100),
+        ({"batch_wait_ms": 7}, 7),
+        ({"headless": False}, 5),
+        ({"serve": ServeConfig()}, 5),
+        ({"max_age_ms": 1000}, 5),
+        ({"max_age_ms": 4}, 2),
+    ],
+    ids=str,
+)
+def test_a_recording_fills_its_batches_where_nobody_waits(
+    bundle: Path, folder: Path, options: dict[str, Any], wait_ms: float
+) -> None:
+    config = StreamConfig(bundle, (SourceConfig(str(folder)),), **{"headless": True, **options})
+    assert batch_wait_ms(config, [parse_source(str(folder))]) == wait_ms
+
+
+def test_a_batch_does_not_wait_for_a_camera(bundle: Path, folder: Path) -> None:
+    uris = [str(folder), "rtsp://127.0.0.1/cam"]
+    config = StreamConfig(bundle, tuple(SourceConfig(uri, policy="every") for uri in uris), headless=True)
+    assert batch_wait_ms(config, list(map(parse_source, uris))) == 5
 
 
 def test_pictures_that_are_looked_at_are_not_held_for_a_batch(
