@@ -11,8 +11,8 @@ everybody writes, in one process:
 
 with the same network, calibrated on the same images, but for the folded preprocessing: its graph takes the
 normalized floats. OpenVINO has its latency settings there, which are the faster ones for one request at a
-time; the stream has its own defaults. All of these are processes that go on, of which one runs at a time, in turns of a
-second (see `turns`); a ratio is of the sums of a round, and the figure is the median of the rounds.
+time; the stream has its own defaults. All of these are processes that go on, of which one runs at a time, in short
+turns (see `turns`); a ratio is of the sums of a round, and the figure is the median of the rounds.
 
 Third, the age of a frame when its answer is out, in runs of their own: under ``every`` it says how much waits in the
 queues. Writes benchmarks/results/stream_vs_loop.json.

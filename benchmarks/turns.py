@@ -1,7 +1,7 @@
-"""Candidates side by side: all are alive, one of them runs at a time, in turns of a second.
+"""Candidates side by side: all are alive, one of them runs at a time, in turns of half a second.
 
-Whole runs after one another differ by ten percent on a machine whose neighbours come and go within minutes. In turns of a
-second whatever slows one candidate slows all of them, and the ratio of two holds to about a percent.
+Whole runs after one another differ by ten percent on a machine whose neighbours come and go within seconds. In short turns
+what slows one candidate slows all of them, and their ratio moves less than either.
 
 A candidate is a process that works until it is killed. It calls `answer_counts` with what says how many frames it has
 done; the other side asks at the end of each turn. Between its turns it is stopped (SIGSTOP), with all its children, so
@@ -47,7 +47,7 @@ def answer_counts(count: Callable[[], int], **facts: object) -> None:
 
 
 def run_turns(
-    commands: Mapping[str, Sequence[str]], rounds: int, *, turns: int = 6, turn_s: float = 1.0
+    commands: Mapping[str, Sequence[str]], rounds: int, *, turns: int = 12, turn_s: float = 0.5
 ) -> dict[str, list[dict[str, Any]]]:
     """Milliseconds of CPU and of time a frame of each candidate, a round at a time.
 
@@ -97,7 +97,7 @@ class _Candidate:
     def close(self) -> None:
         """Kills it, and what it started."""
         with self._process:
-            for pid in _with_children(self._process.pid):
+            for pid in _with_children(self._process.pid) if self._process.poll() is None else []:
                 os.kill(pid, signal.SIGKILL)
 
     def warm_up(self) -> None:
@@ -108,11 +108,14 @@ class _Candidate:
 
     def run_for(self, seconds: float) -> None:
         """One turn."""
+        pids = _with_children(self._process.pid)
         began_s = time.monotonic()
-        self._signal(signal.SIGCONT)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
         time.sleep(seconds)
         self._frames = self._ask()
-        self._signal(signal.SIGSTOP)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
         self._ran_s += time.monotonic() - began_s
 
     def round(self) -> dict[str, Any]:
@@ -145,10 +148,6 @@ class _Candidate:
         if not line:
             raise RuntimeError(f"{self.name} ended with status {self._process.wait()}")
         return line
-
-    def _signal(self, number: signal.Signals) -> None:
-        for pid in _with_children(self._process.pid):
-            os.kill(pid, number)
 
     def _cpu_s(self) -> float:
         """Of it and its children, in steps of the kernel's clock, 10 ms."""
