@@ -10,7 +10,7 @@ INSTALLED := .venv/.installed
 help:
 	@sed -n '1,3s/^# //p' Makefile
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml pipeline/planar.c pipeline/resample.c pipeline/resample.h
 	$(PYTHON) -c 'import sys; sys.exit("edgefold needs Python 3.10 or newer; try make PYTHON=python3.11" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip

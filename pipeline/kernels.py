@@ -19,7 +19,7 @@ def kernels() -> ctypes.CDLL | None:
     for path in sorted(Path(__file__).parent.glob("_resample*.so")):
         try:
             library = ctypes.CDLL(str(path))
-            resample, planes = library.edgefold_resample, library.edgefold_resample_planes
+            resample, planes = library.edgefold_resample, library.edgefold_resize_planes
             to_bgr = library.edgefold_planes_to_bgr
         except (OSError, AttributeError):  # of another machine, or older than this file
             continue

@@ -335,7 +335,7 @@ static void *open_room(const struct plane *planes, const struct strip *strips, i
 // Writes planes[0].down->length × planes[0].across->length pixels to `out`: blue, green, red, or with `reverse` the
 // other way round. The planes' taps have these lengths too, and use at least 16 columns. Returns 0 if all went well,
 // else there was no memory.
-int edgefold_resample_planes(
+int edgefold_resize_planes(
     const struct plane *planes, const struct colours *colours, int32_t reverse, uint8_t *out) {
     struct strip strips[3] = {0};
     int in_groups = 0, failed = 0;

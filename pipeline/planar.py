@@ -120,7 +120,7 @@ class PlanarResampler:
         )
         library = kernels()
         assert library is not None
-        if library.edgefold_resample_planes(planes, self._factors, color == "RGB", out.ctypes.data):
+        if library.edgefold_resize_planes(planes, self._factors, color == "RGB", out.ctypes.data):
             raise MemoryError(f"no memory to resize an image of {width}×{height}")
 
 

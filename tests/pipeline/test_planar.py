@@ -129,7 +129,7 @@ def plain_kernel(tmp_path_factory: pytest.TempPathFactory) -> Any:
     subprocess.run([compiler, *options, *sources, "-o", str(library)], check=True)
     plain, usual = ctypes.CDLL(str(library)), kernels()
     assert usual is not None
-    plain.edgefold_resample_planes.argtypes = usual.edgefold_resample_planes.argtypes
+    plain.edgefold_resize_planes.argtypes = usual.edgefold_resize_planes.argtypes
     return plain
 
 
