@@ -62,7 +62,7 @@ def compare(given: argparse.Namespace, folder: Path) -> None:
     stamp = machine_stamp()
     folder.mkdir(parents=True, exist_ok=True)
     shown = film(folder, given.video)
-    long_film = repeated(Path(shown["path"]))
+    long_film = repeated(Path(shown["path"]), folder)
     networks: dict[str, Any] = {}
     for model in given.models:
         path, loop_model = bundle(model, folder), float_model(model, folder)
@@ -115,11 +115,11 @@ def judge(
     }
 
 
-def repeated(path: Path) -> Path:
-    """The film, `REPEATED` times after itself in one file beside it."""
-    made = path.with_name(f"{path.stem}.{REPEATED}.mp4")
+def repeated(path: Path, folder: Path) -> Path:
+    """The film, `REPEATED` times after itself in one file of `folder`."""
+    made = folder / f"{path.stem}.{REPEATED}{path.suffix}"
     if not made.exists():
-        partial = path.with_name(f"{path.stem}.partial.mp4")
+        partial = folder / f"{path.stem}.partial{path.suffix}"
         command = ["ffmpeg", "-hide_banner", "-loglevel", "error", "-y", "-stream_loop", str(REPEATED - 1)]
         subprocess.run([*command, "-i", str(path), "-c", "copy", str(partial)], check=True)
         partial.replace(made)
