@@ -96,7 +96,7 @@ class Dispatcher:
     Args:
         sources: the feeds, in the order of their turns.
         slot: the engine.
-        budget: which frames are too old to be tried.
+        budget: which frames are too old to be tried, and whether they may wait for the engine.
         limits: how long a batch waits, and after how many frames it is over.
         keep_images: whether pictures are looked at later; where not, buffers go back to their source as soon as
             they are preprocessed.
@@ -116,6 +116,7 @@ class Dispatcher:
         self._limits = limits
         self._keep_images = keep_images
         self._any_newest = any(source.feed.policy == "newest" for source in self._sources)
+        self._budget = budget
         self._taker = FairTaker(self._sources, budget)
         self._pool = BatchPool()
         self._permits_lock = threading.Lock()
@@ -182,6 +183,8 @@ class Dispatcher:
         # Of batches one that waits is enough; and with 20 frames in the queues, answers come half a second late.
         hurried = self._any_newest or engine.max_batch > 1
         n_streams = engine.runner.n_streams
+        if not self._budget.may_wait_for_engine:
+            return self._n_in_flight < n_streams
         return self._n_in_flight < (n_streams + 1 if hurried else 2 * n_streams + 1)
 
     def _loop(self) -> None:

@@ -10,7 +10,8 @@
 * ``in flight`` is bounded by permits, given back when the calling thread takes a result; a frame is taken
   only when there is one. With a feed of `newest` there is one more than the engine has streams: a batch
   is prepared while the engine works on the one before, and none grows old behind it. Where all are
-  `every` and requests are of one image there are more, so that the engine always finds its next request waiting.
+  `every` and requests are of one image there are more, so that the engine always finds its next request waiting. Where
+  what waits for the engine would be answered past the latency budget there is none more.
 * Slow output holds its permits, the permits hold back the schedule thread, and the drop policies decide
   what that costs.
 * A batch waits for its other frames `batch_wait_ms` at most, and not at all where one image is a request.
@@ -227,7 +228,7 @@ class StreamRuntime:
         self.batches += 1
         self.batched_frames += len(item.frames)
         scores = outputs[item.engine.runner.outputs[0].name]
-        self._budget.answered(time.monotonic_ns() - item.frames[0].taken_ns)
+        self._budget.answered(time.monotonic_ns() - item.frames[0].taken_ns, round(1e9 * inferred_s))
         for row, taken in zip(scores, item.frames, strict=False):
             started_ns = time.monotonic_ns()
             frame, metrics = taken.captured.frame, taken.source.metrics

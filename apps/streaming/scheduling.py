@@ -76,12 +76,24 @@ class LatencyBudget:
     def __init__(self, max_age_ms: float | None) -> None:
         self._max_age_ns = None if max_age_ms is None else round(1e6 * max_age_ms)
         self._recent_ns: deque[int] = deque(maxlen=_N_RECENT)
+        self._inferred_ns = 0
         self._last_answer_ns = time.monotonic_ns()
 
-    def answered(self, took_ns: int) -> None:
-        """An answer came, so long after its frame was taken."""
+    def answered(self, took_ns: int, inferred_ns: int) -> None:
+        """An answer came, so long after its frame was taken; of which the engine worked on it for so long."""
         self._recent_ns.append(took_ns)
+        self._inferred_ns = inferred_ns
         self._last_answer_ns = time.monotonic_ns()
+
+    @property
+    def may_wait_for_engine(self) -> bool:
+        """Whether a frame may be taken while the engine is at work on others: it will be older by what they still take.
+
+        Twice the engine's time, and as much again for what a frame's age is when it is taken, must be within the
+        budget. With a slower engine the frames that waited would come late, and the engine have worked for nothing; what
+        is lost is that the next frame is prepared meanwhile, which is little beside such an engine.
+        """
+        return self._max_age_ns is None or 3 * self._inferred_ns <= self._max_age_ns
 
     def is_late(self, timestamp_ns: int) -> bool:
         """Whether an answer that is here now is past the budget."""

@@ -176,10 +176,36 @@ def test_an_engine_slower_than_the_budget_shows_nothing_and_is_still_asked(
     assert dropped[TOO_OLD] + dropped.get("newer frame", 0) > 20
 
 
+@pytest.mark.keeps_time
+def test_no_frame_waits_for_an_engine_that_takes_half_the_budget(
+    feeds_of, slot_around, list_source, fake_runner
+) -> None:
+    """Behind another it would be answered after 120 ms; taken when the engine is free, after a little more than 60."""
+    feeds = feeds_of([list_source([RED] * 10**6, live=True, before_read=every(0.005))], "newest")
+    with fake_runner(slowly(0.06)) as runner:
+        run(feeds, slot_around(runner), max_age_ms=110, max_seconds=1.5)
+    state = feeds[0].metrics.snapshot()
+    assert state.frames_inferred >= 15
+    # The second frame is taken before it is known what the engine takes.
+    assert state.dropped.get(LATE, 0) <= 4
+    assert state.dropped.get(TOO_OLD, 0) == 0
+
+
+def test_the_budget_says_whether_a_frame_may_wait_for_the_engine() -> None:
+    budget = LatencyBudget(300)
+    assert budget.may_wait_for_engine
+    for inferred_ms, may in ((100, True), (101, False), (20, True)):
+        budget.answered(10**8, inferred_ms * 10**6)
+        assert budget.may_wait_for_engine is may
+    unbounded = LatencyBudget(None)
+    unbounded.answered(10**12, 10**12)
+    assert unbounded.may_wait_for_engine
+
+
 def test_the_budget_expects_the_shortest_of_the_last_answers() -> None:
     budget = LatencyBudget(100_000)
     for took_s in (90, 400, 60):
-        budget.answered(took_s * 10**9)
+        budget.answered(took_s * 10**9, 0)
     now_ns = time.monotonic_ns()
     assert not budget.is_hopeless(now_ns - 20 * 10**9)
     assert budget.is_hopeless(now_ns - 50 * 10**9)
